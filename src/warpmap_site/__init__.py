@@ -1,0 +1,1 @@
+"""How the site is made; ``plugin`` alone knows MkDocs."""

@@ -1,0 +1,131 @@
+"""Three Markdown fences: code by symbol, a snippet as a cell, a figure.
+
+Each is an ordinary function from a fence's text to HTML. A name that does not
+exist raises, which ends the build.
+"""
+
+import html
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+from pymdownx.superfences import SuperFencesException
+
+from warpmap_site.sources import find_symbol
+
+_FORMAT = HtmlFormatter(cssclass="highlight", wrapcode=True)
+
+
+def python(code: str) -> str:
+    """Highlighted Python, with the classes that the site's CSS colours."""
+    return highlight(code, PythonLexer(), _FORMAT)
+
+
+def split_snippet(code: str) -> tuple[str, str]:
+    r"""A snippet's code and, apart, the output that its comments promise.
+
+    Examples:
+        >>> split_snippet("print(1)\n# -> 1\nprint(2)\n# -> 2\n")
+        ('print(1)\nprint(2)', '1\n2')
+    """
+    kept, output = [], []
+    for line in code.splitlines():
+        if line.strip().startswith("# ->"):
+            output.append(line.strip().removeprefix("# ->").removeprefix(" "))
+        else:
+            kept.append(line)
+    return "\n".join(kept).strip("\n"), "\n".join(output)
+
+
+@dataclass(frozen=True)
+class Fences:
+    """The fences, bound to a repository.
+
+    Args:
+        root: The repository.
+        source_url: Where its files can be read on the web, or "".
+    """
+
+    root: Path
+    source_url: str = ""
+
+    def superfences(self) -> list[dict[str, Any]]:
+        """What ``pymdownx.superfences`` takes as ``custom_fences``."""
+        return [
+            {"name": name, "class": "", "format": self._fence(render)}
+            for name, render in (
+                ("source", self.source),
+                ("cell", self.cell),
+                ("figure", self.figure),
+            )
+        ]
+
+    def _fence(self, render: Callable[[str], str]) -> Callable[..., str]:
+        def fence(source: str, language: str, *_: Any, **__: Any) -> str:
+            try:
+                return render(source.strip())
+            except (LookupError, OSError) as error:
+                raise SuperFencesException(f"```{language}: {error}") from error
+
+        return fence
+
+    def source(self, names: str) -> str:
+        """The source of symbols, one dotted name a line, in one panel."""
+        symbols = [
+            find_symbol(self.root, n.strip()) for n in names.splitlines()
+        ]
+        file = symbols[0].file.relative_to(self.root).as_posix()
+        code = "\n\n\n".join(symbol.code for symbol in symbols)
+        name = names.splitlines()[0].strip()
+        path = file.removeprefix("src/warpmap/").removesuffix(".py")
+        link = f"../../../reference/{path}/"  # a topic's page is three deep
+        if "._" not in name:  # the reference shows what is public
+            link += f"#{name}"
+        first = min(symbol.first_line for symbol in symbols)
+        last = max(symbol.last_line for symbol in symbols)
+        if self.source_url:
+            link = f"{self.source_url}/{file}#L{first}-L{last}"
+        return self._panel(
+            file,
+            link,
+            python(code),
+            f"{file}, lines {first} to {last}",
+        )
+
+    def cell(self, file: str) -> str:
+        """A snippet that the tests run, with the output they compare."""
+        code, output = split_snippet((self.root / file).read_text("utf-8"))
+        link = f"{self.source_url}/{file}" if self.source_url else ""
+        shown = (
+            '<div class="wm-output"><span class="wm-output-label">Output'
+            f"</span><pre tabindex=0>{html.escape(output)}</pre></div>"
+        )
+        return self._panel(file, link, python(code) + shown, file, "wm-cell")
+
+    def figure(self, text: str) -> str:
+        """An SVG put into the page, so that it takes the page's colours.
+
+        The first line names the file from ``docs``, the rest is the caption.
+        """
+        name, _, caption = text.partition("\n")
+        svg = (self.root / "docs" / name.strip()).read_text("utf-8")
+        return (
+            f'<figure class="wm-figure">{svg}'
+            f"<figcaption>{html.escape(caption.strip())}</figcaption></figure>"
+        )
+
+    def _panel(
+        self, file: str, link: str, body: str, says: str, css: str = ""
+    ) -> str:
+        says = html.escape(says)
+        name = f'<a href="{link}">{says}</a>' if link else says
+        return (
+            f'<div class="wm-code {css}" data-file="{html.escape(file)}">'
+            f'<div class="wm-bar"><span class="wm-file">{name}</span>'
+            '<button class="wm-copy" type="button" hidden>Copy</button></div>'
+            f"{body}</div>"
+        )

@@ -1,0 +1,68 @@
+"""What the site writes by itself: reference pages, references, map data."""
+
+from pathlib import Path
+from typing import Any
+
+from warpmap_site.atlas import Atlas, Topic, front_matter
+from warpmap_site.references import load_references, render
+from warpmap_site.sources import Files
+
+
+def topic_markdown(root: Path, topic: Topic, markdown: str) -> str:
+    """A topic's page with its other names before and its papers after."""
+    names = ", ".join(topic.meta.aliases)
+    parts = [f'<p class="wm-aliases">Also called: {names}</p>', markdown]
+    if topic.meta.papers:
+        known = load_references(root / "docs/references.bib")
+        papers = "\n".join(
+            f"- {render(known[key])}" for key in topic.meta.papers
+        )
+        parts.append(f"## References\n\n{papers}")
+    return "\n\n".join(parts)
+
+
+def reference_pages(root: Path, atlas: Atlas) -> dict[str, str]:
+    """The reference: an index, and one page a topic that has a module.
+
+    Returns:
+        Markdown by path from ``docs``.
+    """
+    index = ["---\ntitle: Reference\n---\n"]
+    written = {}
+    for area in atlas.areas:
+        index.append(f"\n## {area.meta.title}\n")
+        for topic in area.topics:
+            if not Files(root, topic.path).module.exists():
+                continue
+            dotted = f"warpmap.{topic.path.replace('/', '.')}"
+            written[f"reference/{topic.path}.md"] = (
+                f"---\ntitle: '{topic.title}: reference'\n"
+                "search:\n  boost: 0.5\n---\n\n"
+                f"`{dotted}`, explained in "
+                f"[{topic.title}](../../../{topic.path}.md).\n\n"
+                f"::: {dotted}\n"
+            )
+            index.append(f"- [{topic.title}]({topic.path}.md): `{dotted}`")
+    return {"reference/index.md": "\n".join(index), **written}
+
+
+def decision_index(root: Path) -> str:
+    """A page that links to every decision record, in order."""
+    links = [
+        f"1. [{front_matter(file.read_text('utf-8'))['title']}]({file.name})"
+        for file in sorted((root / "docs/decisions").glob("*-*.md"))
+    ]
+    return "\n".join(["---\ntitle: Decisions\n---\n", *links])
+
+
+def map_data(atlas: Atlas) -> list[dict[str, Any]]:
+    """What the script of the map needs: the reading order and the edges."""
+    return [
+        {
+            "path": topic.path,
+            "title": topic.title,
+            "area": topic.area,
+            "before": topic.meta.builds_on,
+        }
+        for topic in atlas.reading_order
+    ]

@@ -1,0 +1,161 @@
+"""Where a topic's files lie, what they hash to, and a symbol's source.
+
+Only the standard library: the machines that run the tests use this too.
+"""
+
+import ast
+import hashlib
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+AREAS = ("hardware", "kernels", "models", "training", "inference", "tools")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one topic, one in each tree.
+
+    Args:
+        root: The repository.
+        path: ``<area>/<section>/<topic>``.
+    """
+
+    root: Path
+    path: str
+
+    @property
+    def page(self) -> Path:
+        """The page in ``docs``."""
+        return self.root / "docs" / f"{self.path}.md"
+
+    @property
+    def module(self) -> Path:
+        """The module in ``src/warpmap``."""
+        return self.root / "src/warpmap" / f"{self.path}.py"
+
+    @property
+    def snippet(self) -> Path:
+        """The program that a reader runs."""
+        return self.root / "snippets" / f"{self.path}.py"
+
+    @property
+    def test(self) -> Path:
+        """The topic's tests."""
+        folder, _, name = self.path.rpartition("/")
+        return self.root / "tests" / folder / f"test_{name}.py"
+
+    def digest(self) -> str:
+        """A short hash of module, snippet and test: what a result rests on."""
+        parts = (self.module, self.snippet, self.test)
+        code = b"\0".join(p.read_bytes() for p in parts if p.exists())
+        return hashlib.sha256(code).hexdigest()[:12]
+
+
+def topic_of(file: str) -> str | None:
+    """The topic that a file of the repository belongs to.
+
+    Args:
+        file: Path from the repository's root, with forward slashes.
+
+    Returns:
+        ``<area>/<section>/<topic>``, or None where it belongs to none.
+
+    Examples:
+        >>> topic_of("tests/kernels/normalization/test_softmax.py")
+        'kernels/normalization/softmax'
+        >>> topic_of("src/warpmap/kernels/normalization/softmax.py")
+        'kernels/normalization/softmax'
+        >>> topic_of("tests/site/test_map.py")
+    """
+    match = re.fullmatch(
+        r"(?:src/warpmap|docs|snippets|tests)/"
+        rf"((?:{'|'.join(AREAS)})/[a-z0-9_]+)/(?:test_)?([a-z0-9_]+)\.(?:py|md)",
+        file,
+    )
+    if not match or match[2] == "__init__":
+        return None
+    return f"{match[1]}/{match[2]}"
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A function or class as it stands in its file; lines count from 1."""
+
+    file: Path
+    first_line: int
+    last_line: int
+    code: str
+
+
+def find_symbol(root: Path, name: str) -> Symbol:
+    """The source of one symbol of the package, as a page shows it.
+
+    Decorators belong to it. Of a docstring only the first paragraph stays: the
+    reference has the rest.
+
+    Args:
+        root: The repository.
+        name: Dotted name of a function, a class, a method or a variable, for
+            example ``warpmap.kernels.fused.rope.rope``.
+
+    Returns:
+        Its lines; a method's without the indent.
+
+    Raises:
+        LookupError: If no module or no symbol of that name exists.
+    """
+    parts = name.split(".")
+    for at in range(len(parts) - 1, 0, -1):
+        file = root.joinpath("src", *parts[:at]).with_suffix(".py")
+        if file.is_file():
+            break
+    else:
+        raise LookupError(f"{name}: there is no such module in src")
+    text = file.read_text(encoding="utf-8")
+    body: list[ast.stmt] = ast.parse(text).body
+    for symbol in parts[at:]:
+        known = {n: node for node in body for n in _names(node)}
+        if symbol not in known:
+            there = ", ".join(known) or "nothing"
+            where = file.relative_to(root).as_posix()
+            raise LookupError(f"{name}: {where} defines {there}")
+        found = known[symbol]
+        body = found.body if isinstance(found, ast.ClassDef) else []
+    first, last = found.lineno, found.end_lineno or found.lineno
+    for decorator in getattr(found, "decorator_list", []):
+        first = min(first, decorator.lineno)
+    code = textwrap.dedent(_brief(text, found, first, last))
+    return Symbol(file, first, last, code)
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """What a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets: list[ast.expr] = []
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, ast.AnnAssign):
+        targets = [node.target]
+    return [t.id for t in targets if isinstance(t, ast.Name)]
+
+
+def _brief(text: str, top: ast.stmt, first: int, last: int) -> str:
+    """Lines ``first`` to ``last``, docstrings cut to their first paragraph."""
+    lines = dict(enumerate(text.splitlines(), start=1))
+    for node in ast.walk(top):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        doc = node.body[0]
+        if ast.get_docstring(node) is None or doc.end_lineno is None:
+            continue
+        whole = range(doc.lineno, doc.end_lineno + 1)
+        blank = next((n for n in whole if not lines[n].strip()), None)
+        if blank is None:
+            continue
+        lines[blank - 1] += '"""'
+        for n in range(blank, doc.end_lineno + 1):
+            del lines[n]
+    return "\n".join(lines[n] for n in sorted(lines) if first <= n <= last)

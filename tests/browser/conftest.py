@@ -1,0 +1,109 @@
+"""A headless Chromium on the built site, which sees no other server."""
+
+import contextlib
+import functools
+import http.server
+import os
+import shutil
+import threading
+
+import pytest
+from building import build
+from made_up import large_map, write_repository
+from playwright.sync_api import sync_playwright
+
+FLAGS = [
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-sandbox",  # CI containers run as root; every page here is our own
+]
+
+
+def find_chromium():
+    names = ("chromium", "chromium-browser", "google-chrome")
+    for name in (os.environ.get("CHROMIUM", ""), *names):
+        if name and (found := shutil.which(name)):
+            return found
+    raise RuntimeError(
+        "the browser tests need Chromium: install it (Debian: apt-get install "
+        "chromium) or name it in CHROMIUM"
+    )
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serve(folder):
+    handler = functools.partial(Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    with serve(site) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def large_address(tmp_path_factory):
+    """A made-up site with as many topics as the map is meant to hold."""
+    root = tmp_path_factory.mktemp("large")
+    write_repository(root, large_map(290))
+    done = build(root, root / "site")
+    assert done.returncode == 0, done.stderr
+    with serve(root / "site") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=FLAGS
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium, address):
+    """``open_page(path, **context)``: the page, and what it asked for.
+
+    Fails at the end when a page asked another server for anything, or when
+    its scripts raised.
+    """
+    contexts, outside, errors = [], [], []
+
+    def opened(path="", **options):
+        options.setdefault("viewport", {"width": 1280, "height": 800})
+        context = chromium.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on(
+            "request",
+            lambda r: (
+                None
+                if r.url.startswith((address, "data:", "blob:"))
+                else outside.append(r.url)
+            ),
+        )
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address + path)
+        page.wait_for_load_state("networkidle")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert outside == []
+    assert errors == []

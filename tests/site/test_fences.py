@@ -1,0 +1,111 @@
+"""The fences: code by symbol, snippets as cells, figures."""
+
+import json
+
+import pytest
+from made_up import write_repository
+
+from warpmap_site.fences import Fences
+from warpmap_site.references import load_references, render
+from warpmap_site.reports import last_passes
+from warpmap_site.sources import Files, find_symbol
+
+PATH = "kernels/basics/softmax"
+DOTTED = "warpmap.kernels.basics.softmax"
+
+
+@pytest.fixture
+def repository(tmp_path):
+    write_repository(tmp_path, {PATH: {}})
+    return tmp_path
+
+
+def test_symbol_comes_with_its_decorators(repository):
+    module = Files(repository, PATH).module
+    module.write_text(
+        "import x\n\n\n@x.jit\n@x.fast\ndef f():\n    pass\n\n\nA = 1\n"
+    )
+    symbol = find_symbol(repository, f"{DOTTED}.f")
+    assert (symbol.first_line, symbol.last_line) == (4, 7)
+    assert symbol.code == "@x.jit\n@x.fast\ndef f():\n    pass"
+    assert find_symbol(repository, f"{DOTTED}.A").code == "A = 1"
+
+
+def test_docstring_is_cut_to_its_first_paragraph(repository):
+    module = Files(repository, PATH).module
+    module.write_text(
+        'class A:\n    """One.\n\n    More.\n    """\n\n'
+        '    def f(self):\n        """Two\n        lines.\n\n        More."""\n'
+        "        return 1\n"
+    )
+    assert find_symbol(repository, f"{DOTTED}.A").code == (
+        'class A:\n    """One."""\n\n'
+        '    def f(self):\n        """Two\n        lines."""\n'
+        "        return 1"
+    )
+
+
+def test_method_is_shown_without_its_indent(repository):
+    module = Files(repository, PATH).module
+    module.write_text(
+        "class A:\n    x: int = 1\n\n    @property\n    def f(self):\n"
+        "        return 1\n"
+    )
+    method = find_symbol(repository, f"{DOTTED}.A.f")
+    assert (method.first_line, method.last_line) == (4, 6)
+    assert method.code == "@property\ndef f(self):\n    return 1"
+    with pytest.raises(LookupError, match="defines x, f"):
+        find_symbol(repository, f"{DOTTED}.A.g")
+    with pytest.raises(LookupError, match="no such module"):
+        find_symbol(repository, "nowhere.f")
+
+
+def test_source_links_to_the_repository_or_the_reference(repository):
+    inside = Fences(repository).source(f"{DOTTED}.double")
+    assert f'href="../../../reference/{PATH}/#{DOTTED}.double"' in inside
+    outside = Fences(repository, "https://host/blob/1").source(
+        f"{DOTTED}.double"
+    )
+    assert f'href="https://host/blob/1/src/warpmap/{PATH}.py#L4-L11"' in outside
+
+
+def test_cell_shows_code_and_output_apart(repository):
+    cell = Fences(repository).cell(f"snippets/{PATH}.py")
+    code, _, output = cell.partition("wm-output-label")
+    assert "# -&gt;" not in cell
+    assert "double" in code
+    assert ">42</pre>" in output
+
+
+def test_report_turns_stale_when_the_code_changes(repository):
+    files = Files(repository, PATH)
+    report = {
+        "date": "2026-01-02T03:04+00:00",
+        "commit": "abc",
+        "machine": {"gpu": "NVIDIA H200", "torch": "2.11.0+cu130"},
+        "topics": {PATH: {"passed": 3, "source": files.digest()}},
+    }
+    file = repository / "docs/records/h200/tests.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(report))
+    (fresh,) = last_passes(repository, PATH)
+    assert (fresh.where, fresh.tests, fresh.stale) == (
+        "NVIDIA H200, torch 2.11.0",
+        3,
+        False,
+    )
+    files.snippet.write_text("print(1)\n")
+    assert last_passes(repository, PATH)[0].stale
+    assert last_passes(repository, "kernels/basics/other") == []
+
+
+def test_paper_is_rendered_with_its_link(tmp_path):
+    bib = tmp_path / "references.bib"
+    bib.write_text(
+        "@article{a2018b, author={Milakov, Maxim and Gimelshein, Natalia},"
+        "title={Online {Softmax}}, year={2018}, eprint={1805.02867}}"
+    )
+    assert render(load_references(bib)["a2018b"]) == (
+        "Milakov and Gimelshein, 2018. "
+        "[Online Softmax](https://arxiv.org/abs/1805.02867)."
+    )

@@ -1,0 +1,56 @@
+"""Every snippet runs, and prints what its ``# ->`` lines promise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SNIPPETS = sorted((ROOT / "snippets").rglob("*.py"))
+
+
+def promised(code):
+    """The output that the ``# ->`` lines of a snippet promise."""
+    lines = (line.strip() for line in code.splitlines())
+    return [
+        line.removeprefix("# ->").strip()
+        for line in lines
+        if line.startswith("# ->")
+    ]
+
+
+def runs_on(path):
+    page = (ROOT / "docs" / f"{path}.md").read_text(encoding="utf-8")
+    return yaml.safe_load(page.split("---")[1])["runs_on"]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(
+            f, id=f.relative_to(ROOT / "snippets").with_suffix("").as_posix()
+        )
+        for f in SNIPPETS
+    ],
+)
+def test_snippet_prints_what_it_promises(file):
+    path = file.relative_to(ROOT / "snippets").with_suffix("").as_posix()
+    command = [sys.executable]
+    if "multi-gpu" in runs_on(path):
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "4"]
+    result = subprocess.run(
+        [*command, str(file)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )
+    assert result.returncode == 0, result.stderr
+    expected = promised(file.read_text(encoding="utf-8"))
+    assert expected, f"{file} promises no output: add a '# -> ...' line"
+    assert [s.strip() for s in result.stdout.splitlines()] == expected

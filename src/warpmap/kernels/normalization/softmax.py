@@ -1,0 +1,202 @@
+"""Row-wise softmax that reads and writes each element once.
+
+Plain PyTorch passes over the matrix at every step: max, subtract, exp, sum,
+divide. Here one program holds whole rows in registers.
+
+    traffic  2 M N elements forward, 3 M N backward; the reference 8 M N + 4 M
+    limit    a row and its gradient must fit in the registers of one program;
+             longer rows need an online softmax, which reads in pieces
+
+Reference: Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867
+"""
+
+import torch
+from torch import Tensor
+
+from warpmap import DEVICE
+from warpmap.kernels import tl, triton
+
+# backward keeps two float32 rows: at 16384 columns 128 KiB of the 256 KiB
+# of registers of a streaming multiprocessor; at 32768 the compiler spills
+MAX_COLS = 16384
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def softmax_reference(x: Tensor) -> Tensor:
+    """Softmax of each row, one step at a time, in float32.
+
+    Args:
+        x: ``(M, N)``.
+
+    Returns:
+        ``(M, N)``, same dtype; each row sums to 1.
+
+    Examples:
+        >>> softmax_reference(torch.tensor([[0.0, 0.0]])).tolist()
+        [[0.5, 0.5]]
+    """
+    logits = x.float()
+    shifted = logits - logits.amax(dim=1, keepdim=True)
+    exps = shifted.exp()
+    return (exps / exps.sum(dim=1, keepdim=True)).to(x.dtype)
+
+
+@triton.jit
+def _softmax_fwd_kernel(
+    x_ptr,
+    y_ptr,
+    stride_xm,
+    stride_ym,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # 64-bit: row * stride overflows 32 bits on a large matrix
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)[:, None]
+    rows = tl.minimum(rows, M - 1)  # past the end: the last row once more
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    mask = cols < N
+
+    # -inf keeps padding out of the max, and exp(-inf) = 0 out of the sum
+    x_ptrs = x_ptr + rows * stride_xm + cols
+    x = tl.load(x_ptrs, mask, other=-float("inf")).to(tl.float32)
+    exps = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
+    y = exps / tl.sum(exps, axis=1, keep_dims=True)
+    tl.store(y_ptr + rows * stride_ym + cols, y, mask)
+
+
+@triton.jit
+def _softmax_bwd_kernel(
+    y_ptr,
+    dy_ptr,
+    dx_ptr,
+    stride_ym,
+    stride_dym,
+    stride_dxm,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)[:, None]
+    rows = tl.minimum(rows, M - 1)  # past the end: the last row once more
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    mask = cols < N
+
+    y_ptrs = y_ptr + rows * stride_ym + cols
+    dy_ptrs = dy_ptr + rows * stride_dym + cols
+    y = tl.load(y_ptrs, mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptrs, mask, other=0.0).to(tl.float32)
+    mean = tl.sum(y * dy, axis=1, keep_dims=True)
+    dx = y * (dy - mean)
+    tl.store(dx_ptr + rows * stride_dxm + cols, dx, mask)
+
+
+def _tile(N: int) -> tuple[int, int, int]:
+    """``BLOCK_M``, ``BLOCK_N`` and warps for rows of ``N`` elements."""
+    BLOCK_N = triton.next_power_of_2(N)
+    # several short rows a program, so that its threads have enough to load
+    BLOCK_M = max(1, 1024 // BLOCK_N)
+    # 16 elements a thread; more warps than 16 leave too few registers each
+    return BLOCK_M, BLOCK_N, min(16, BLOCK_M * BLOCK_N // 512)
+
+
+@torch.library.custom_op("warpmap::softmax", mutates_args=())
+def _softmax(x: Tensor) -> Tensor:
+    M, N = x.shape
+    y = x.new_empty(M, N)
+    if y.numel() == 0:
+        return y
+    BLOCK_M, BLOCK_N, num_warps = _tile(N)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU
+        _softmax_fwd_kernel[(triton.cdiv(M, BLOCK_M),)](
+            x,
+            y,
+            x.stride(0),
+            y.stride(0),
+            M,
+            N,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            num_warps=num_warps,
+        )
+    return y
+
+
+@torch.library.custom_op("warpmap::softmax_backward", mutates_args=())
+def _softmax_backward(y: Tensor, dy: Tensor) -> Tensor:
+    M, N = y.shape
+    dx = y.new_empty(M, N)
+    if dx.numel() == 0:
+        return dx
+    BLOCK_M, BLOCK_N, num_warps = _tile(N)
+    with torch.cuda.device_of(y):
+        _softmax_bwd_kernel[(triton.cdiv(M, BLOCK_M),)](
+            y,
+            dy,
+            dx,
+            y.stride(0),
+            dy.stride(0),
+            dx.stride(0),
+            M,
+            N,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            num_warps=num_warps,
+        )
+    return dx
+
+
+# what torch.compile and autograd must know about the two operators
+_softmax.register_fake(lambda x: x.new_empty(x.shape))
+_softmax_backward.register_fake(lambda y, dy: y.new_empty(y.shape))
+_softmax.register_autograd(
+    lambda ctx, dy: _softmax_backward(ctx.saved_tensors[0], dy.contiguous()),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the rows of a matrix, with its gradient.
+
+    A row that holds ``nan`` or ``inf``, or nothing but ``-inf``, becomes
+    ``nan``, as in PyTorch.
+
+    Args:
+        x: ``(M, N)``, float32, float16 or bfloat16, on ``warpmap.DEVICE``.
+            Each row is contiguous, rows may lie apart, and ``N`` is at most
+            ``MAX_COLS``.
+
+    Returns:
+        ``(M, N)``, same dtype, contiguous; each row sums to 1.
+
+    Raises:
+        ValueError: If ``x`` has another shape, dtype, layout or device, or
+            too long a row.
+
+    Examples:
+        >>> softmax(torch.zeros(1, 4, device=DEVICE)).tolist()
+        [[0.25, 0.25, 0.25, 0.25]]
+    """
+    if x.ndim != 2:
+        raise ValueError(f"expected a matrix (M, N), got {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"expected one of {DTYPES}, got {x.dtype}")
+    if x.device.type != DEVICE:
+        raise ValueError(f"expected a tensor on {DEVICE}, got {x.device}")
+    if x.shape[1] > MAX_COLS:
+        raise ValueError(
+            f"expected rows of at most {MAX_COLS}, got {x.shape[1]}: a longer "
+            "row needs an online softmax, which reads it in pieces"
+        )
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        raise ValueError(
+            f"expected contiguous rows, got strides {x.stride()}: "
+            "call x.contiguous() first"
+        )
+    y: Tensor = _softmax(x)
+    return y

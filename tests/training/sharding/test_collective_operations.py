@@ -1,0 +1,336 @@
+"""Ring and tree against the backend, a float64 sum and a count of messages."""
+
+import inspect
+import re
+import types
+from collections import defaultdict, deque
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import device
+
+from warpmap.training.sharding import collective_operations as ours
+from warpmap.training.sharding.collective_operations import (
+    DTYPES,
+    Cost,
+    ring_cost,
+    tree_children,
+    tree_cost,
+)
+
+ALL_REDUCES = ["ring_all_reduce", "tree_all_reduce"]
+# a scalar, nothing, fewer elements than ranks, no multiple of 2, 3, 4 or 5
+SHAPES = [(), (0,), (3, 0), (1,), (2,), (7, 11), (60,), (1, 4099)]
+
+# 3 and 5 are no powers of two; with GPUs, as many ranks as there are GPUs
+GPUS = range(2, 1 + max(2, min(4, torch.cuda.device_count())))
+WORLDS = [
+    *(pytest.param(n, id=f"{n}-cpu") for n in range(1, 6)),
+    *(
+        pytest.param(n, id=f"{n}-gpu", marks=pytest.mark.multi_gpu)
+        for n in GPUS
+    ),
+]
+
+
+def make_input(rank, shape, dtype):
+    """What a rank holds, rebuilt by the parent to know the exact sum."""
+    generator = torch.Generator().manual_seed(rank)
+    if dtype.is_floating_point:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    else:  # five such numbers fit into int8
+        x = torch.randint(0, 25, shape, generator=generator)
+    return x.to(dtype)
+
+
+def plant(fault):
+    """The module with one piece of its source replaced."""
+    old, new = fault
+    source = inspect.getsource(ours)
+    assert source.count(old) == 1, f"{old!r} is not there once"
+    module = types.ModuleType("planted")
+    exec(source.replace(old, new), vars(module))
+    return module
+
+
+# jobs: these run on every rank
+
+
+def reduce_all(operation, cases, fault=None):
+    module = plant(fault) if fault else ours
+    answers = []
+    for case in cases:
+        x = make_input(dist.get_rank(), *case).to(device())
+        before = x.clone()
+        y = getattr(module, operation)(x)
+        assert torch.equal(x, before), "the input was written to"
+        dist.all_reduce(x)
+        answers.append((y.cpu(), x.cpu()))
+    return answers
+
+
+def reduce_views(operation):
+    """A transpose, every other column, one number seen many times."""
+    base = make_input(dist.get_rank(), (6, 8), torch.float32).to(device())
+    views = [base.t(), base[:, ::2], base[:1, :1].expand(5, 7)]
+    results = [getattr(ours, operation)(view) for view in views]
+    for view, result in zip(views, results, strict=True):
+        theirs = view.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(theirs)
+        torch.testing.assert_close(result, theirs)
+
+
+def compare_halves(numel):
+    """Reduce-scatter and all-gather, each against the backend's own."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    x = make_input(rank, (numel,), torch.int64).to(device())
+    width = -(-numel // size)
+    padded = torch.cat([x, x.new_zeros(size * width - numel)])
+    theirs = x.new_empty(width)
+    dist.reduce_scatter_tensor(theirs, padded)
+    assert torch.equal(ours.ring_reduce_scatter(x), theirs)
+
+    rows = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(rows, x)
+    assert torch.equal(ours.ring_all_gather(x), torch.stack(rows))
+
+
+def reduce_in_subgroups(operation):
+    groups = [dist.new_group([0, 2, 4]), dist.new_group([1, 3])]
+    mine = groups[dist.get_rank() % 2]
+    other = groups[1 - dist.get_rank() % 2]
+    x = torch.full((4,), 10 ** dist.get_rank(), device=device())
+    with pytest.raises(ValueError, match=f"{dist.get_rank()} is not in the"):
+        getattr(ours, operation)(x, other)
+    return getattr(ours, operation)(x, mine).tolist()
+
+
+def reduce_leaf(operation):
+    x = torch.ones(5, device=device(), requires_grad=True)
+    return getattr(ours, operation)(x).requires_grad
+
+
+def refuse(operation, shape, dtype, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(ours, operation)(torch.zeros(shape, dtype=dtype))
+
+
+def log_traffic(operation, numel, dtype):
+    """Batches of ("send" or "recv", peer, bytes) that this rank asked for."""
+    log = []
+    batch, send, recv = dist.batch_isend_irecv, dist.send, dist.recv
+
+    def spy_batch(ops):
+        names = {dist.isend: "send", dist.irecv: "recv"}
+        log.append([(names[o.op], o.peer, o.tensor.nbytes) for o in ops])
+        return batch(ops)
+
+    def spy_send(tensor, group, group_dst):
+        log.append([("send", group_dst, tensor.nbytes)])
+        return send(tensor, group=group, group_dst=group_dst)
+
+    def spy_recv(tensor, group, group_src):
+        log.append([("recv", group_src, tensor.nbytes)])
+        return recv(tensor, group=group, group_src=group_src)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", spy_batch)
+        patch.setattr(dist, "send", spy_send)
+        patch.setattr(dist, "recv", spy_recv)
+        getattr(ours, operation)(torch.zeros(numel, dtype=dtype))
+    return log
+
+
+# checks: these run in the test's process
+
+
+def assert_sum(outputs, inputs):
+    """Right to rounding: p - 1 additions, each off by half an ulp at most."""
+    exact = sum(x.double() for x in inputs)
+    magnitude = sum(x.double().abs() for x in inputs)
+    dtype, additions = inputs[0].dtype, len(inputs) - 1
+    unit = 0.0
+    if dtype.is_floating_point:  # the float64 sum rounds as well
+        unit = torch.finfo(dtype).eps / 2 + torch.finfo(torch.float64).eps / 2
+    bound = additions * unit / (1 - additions * unit) * magnitude
+    for output in outputs:
+        assert output.dtype == dtype
+        assert output.shape == exact.shape
+        assert ((output.double() - exact).abs() <= bound).all()
+
+
+def check(pool, operation, cases, fault=None):
+    answers = pool.run(reduce_all, operation, cases, fault)
+    for case, of_ranks in zip(cases, zip(*answers, strict=True), strict=True):
+        results, theirs = zip(*of_ranks, strict=True)
+        inputs = [make_input(rank, *case) for rank in range(pool.size)]
+        assert_sum(results, inputs)
+        assert_sum(theirs, inputs)
+        assert all(torch.equal(results[0], r) for r in results), "bits differ"
+
+
+def sent(log):
+    sizes = [n for batch in log for kind, _, n in batch if kind == "send"]
+    return len(sizes), sum(sizes)
+
+
+def longest_chain(logs, weight):
+    """Replay the logs: what stands in a row if a link takes one at a time."""
+    clocks, position = [0] * len(logs), [0] * len(logs)
+    posted, on_the_way = set(), defaultdict(deque)
+    while any(at < len(log) for at, log in zip(position, logs, strict=True)):
+        moved = False
+        for rank, log in enumerate(logs):
+            if position[rank] == len(log):
+                continue
+            batch, key = log[position[rank]], (rank, position[rank])
+            busy = clocks[rank] + max(weight(n) for _, _, n in batch)
+            for kind, peer, _ in batch:
+                if kind == "send" and key not in posted:
+                    on_the_way[rank, peer].append(busy)
+            posted.add(key)
+            sources = [peer for kind, peer, _ in batch if kind == "recv"]
+            if all(on_the_way[source, rank] for source in sources):
+                arrived = [on_the_way[s, rank].popleft() for s in sources]
+                clocks[rank] = max(busy, *arrived, 0)
+                position[rank] += 1
+                moved = True
+        assert moved, "deadlock"
+    return max(clocks)
+
+
+@pytest.mark.parametrize("operation", ALL_REDUCES)
+@pytest.mark.parametrize("size", WORLDS)
+def test_every_shape_and_dtype_is_summed(ranks, size, operation):
+    cases = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
+    check(ranks(size), operation, cases)
+
+
+@pytest.mark.parametrize("operation", ALL_REDUCES)
+@pytest.mark.parametrize("size", WORLDS)
+def test_strided_views_are_summed(ranks, size, operation):
+    ranks(size).run(reduce_views, operation)
+
+
+@pytest.mark.parametrize("numel", [1, 12, 13])
+@pytest.mark.parametrize("size", WORLDS)
+def test_the_halves_of_the_ring_agree_with_the_backend(ranks, size, numel):
+    ranks(size).run(compare_halves, numel)
+
+
+@pytest.mark.parametrize("operation", ALL_REDUCES)
+def test_a_group_sums_its_own_members(ranks, operation):
+    even, odd = [10101] * 4, [1010] * 4
+    answers = ranks(5).run(reduce_in_subgroups, operation)
+    assert answers == [even, odd, even, odd, even]
+
+
+@pytest.mark.parametrize("operation", ALL_REDUCES)
+def test_the_result_claims_no_gradient(ranks, operation):
+    assert ranks(2).run(reduce_leaf, operation) == [False, False]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("numel", [0, 1, 12, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_costs_are_what_is_sent(ranks, size, numel, dtype):
+    ring = ring_cost(numel, dtype.itemsize, size)
+    logs = ranks(size).run(log_traffic, "ring_all_reduce", numel, dtype)
+    assert [sent(log) for log in logs] == [ring] * size
+    assert longest_chain(logs, lambda n: 1) == ring.steps
+    assert longest_chain(logs, lambda n: n) == ring.bytes
+
+    tree = tree_cost(numel, dtype.itemsize, size)
+    logs = ranks(size).run(log_traffic, "tree_all_reduce", numel, dtype)
+    one_way = size - 1 if numel else 0
+    assert sum(sent(log)[0] for log in logs) == 2 * one_way
+    assert longest_chain(logs, lambda n: 1) == tree.steps
+    assert longest_chain(logs, lambda n: n) == tree.bytes
+
+
+def test_costs_in_closed_form():
+    assert ring_cost(8_000, 4, 8) == Cost(2 * 7, 2 * 7 * 8_000 * 4 // 8)
+    assert tree_cost(8_000, 4, 8) == Cost(2 * 3, 2 * 3 * 8_000 * 4)
+    assert tree_cost(1, 4, 1000).steps == 2 * 10
+    assert Cost(3, 500).seconds(latency=2.0, bandwidth=100.0) == 11.0
+
+
+@pytest.mark.parametrize("size", [*range(1, 34), 100])
+def test_every_rank_is_the_child_of_one_parent(size):
+    reached = [0]
+    for rank in reached:
+        reached.extend(tree_children(rank, size))
+    assert sorted(reached) == list(range(size))
+
+
+@pytest.mark.parametrize(
+    ("operation", "shape", "dtype", "message"),
+    [
+        ("ring_all_reduce", (2,), torch.bool, "cannot add torch.bool"),
+        (
+            "tree_all_reduce",
+            (2,),
+            torch.complex64,
+            "cannot add torch.comp",
+        ),
+        ("ring_all_gather", (2,), torch.int16, "cannot add torch.int16"),
+        ("ring_reduce_scatter", (0, 3), torch.float32, "got (0, 3)"),
+        ("ring_all_gather", (0,), torch.float32, "got (0,)"),
+    ],
+)
+def test_bad_tensors_are_refused(ranks, operation, shape, dtype, message):
+    ranks(2).run(refuse, operation, shape, dtype, message)
+
+
+def test_bad_worlds_are_refused():
+    with pytest.raises(ValueError, match="expected a rank or more, got 0"):
+        ring_cost(1, 1, 0)
+    with pytest.raises(ValueError, match="expected a rank below 0, got 0"):
+        tree_cost(1, 1, 0)
+    with pytest.raises(ValueError, match="expected a rank below 4, got 4"):
+        tree_children(4, 4)
+
+
+ADD_CHUNK = "chunks[(rank - 2 - step) % size] += received"
+ADD_CHILD = "        total += received"
+PLACE = "(rank - step) % size, (rank - step - 1) % size"
+FAULTS = {
+    "ring is off by one chunk": (ADD_CHUNK, ADD_CHUNK.replace("2", "1")),
+    "ring forgets its own chunk": (ADD_CHUNK, ADD_CHUNK.replace("+=", "=")),
+    "ring stops a step early": (
+        "range(size - 1):\n        _pass_on(chunks",
+        "range(size - 2):\n        _pass_on(chunks",
+    ),
+    "ring gathers into the wrong row": (PLACE, PLACE.replace("1", "2")),
+    "tree skips a child": (
+        ADD_CHILD,
+        f"        if child > 1:\n    {ADD_CHILD}",
+    ),
+    "tree keeps the partial sum": (
+        "dist.recv(total, group=group",
+        "dist.recv(received, group=group",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_caught(ranks, name):
+    operation = f"{name.split()[0]}_all_reduce"
+    for size in (3, 4):
+        for dtype in (torch.float32, torch.bfloat16, torch.int64):
+            with pytest.raises(AssertionError):
+                check(ranks(size), operation, [((13,), dtype)], FAULTS[name])
+
+
+def test_only_an_odd_world_catches_a_tree_for_powers_of_two(ranks):
+    fault = (
+        ADD_CHILD,
+        "        if child != size - 1 or size & (size - 1) == 0:\n"
+        f"    {ADD_CHILD}",
+    )
+    case = [((13,), torch.float32)]
+    check(ranks(4), "tree_all_reduce", case, fault)
+    for size in (3, 5):
+        with pytest.raises(AssertionError):
+            check(ranks(size), "tree_all_reduce", case, fault)

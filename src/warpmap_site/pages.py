@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from warpmap_site.atlas import Atlas, Topic, front_matter
+from warpmap_site.atlas import Atlas, Topic
+from warpmap_site.loading import front_matter
 from warpmap_site.references import load_references, render
 from warpmap_site.sources import Files
 

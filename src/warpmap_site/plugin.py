@@ -13,8 +13,9 @@ from mkdocs.structure.pages import Page
 from mkdocs.utils.templates import TemplateContext
 
 from warpmap_site import pages
-from warpmap_site.atlas import KINDS, PLACES, Atlas, AtlasError, load_atlas
+from warpmap_site.atlas import KINDS, PLACES, Atlas
 from warpmap_site.fences import Fences
+from warpmap_site.loading import AtlasError, load_atlas
 from warpmap_site.reports import last_passes
 
 BUNDLE = Path(__file__).parent / "theme/assets/bundle/main.js"

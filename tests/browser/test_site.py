@@ -5,7 +5,7 @@ import json
 import pytest
 from building import ROOT
 
-from warpmap_site.atlas import load_atlas
+from warpmap_site.loading import load_atlas
 
 ATLAS = load_atlas(ROOT)
 PAGES = [
@@ -146,6 +146,7 @@ def test_large_map_stays_legible(chromium, large_address, width, scheme):
 def test_page_asks_no_other_server(open_page, path):
     page = open_page(path)
     assert page.locator("h1").count() == 1
+    assert page.locator(".katex-error").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
 

@@ -3,7 +3,7 @@
 import pytest
 from made_up import ROOT, large_map, write_repository, write_topic
 
-from warpmap_site.atlas import AtlasError, load_atlas
+from warpmap_site.loading import AtlasError, load_atlas
 
 CHAIN = {
     "hardware/gpu/memory": {},

@@ -7,7 +7,7 @@ import sys
 import pytest
 from made_up import ROOT
 
-from warpmap_site.atlas import load_atlas
+from warpmap_site.loading import load_atlas
 from warpmap_site.sources import Files
 
 TOPICS = load_atlas(ROOT).topics.values()

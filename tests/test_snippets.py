@@ -9,20 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from warpmap_site.sources import split_snippet
+
 ROOT = Path(__file__).parents[1]
 SNIPPETS = sorted((ROOT / "snippets").rglob("*.py"))
 if importlib.util.find_spec("triton") is None:  # not on Linux
     SNIPPETS = [s for s in SNIPPETS if "warpmap.kernels" not in s.read_text()]
-
-
-def promised(code):
-    """The output that the ``# ->`` lines of a snippet promise."""
-    lines = (line.strip() for line in code.splitlines())
-    return [
-        line.removeprefix("# ->").strip()
-        for line in lines
-        if line.startswith("# ->")
-    ]
 
 
 def runs_on(path):
@@ -54,6 +46,7 @@ def test_snippet_prints_what_it_promises(file):
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
     assert result.returncode == 0, result.stderr
-    expected = promised(file.read_text(encoding="utf-8"))
-    assert expected, f"{file} promises no output: add a '# -> ...' line"
-    assert [s.strip() for s in result.stdout.splitlines()] == expected
+    _, promised = split_snippet(file.read_text(encoding="utf-8"))
+    assert promised, f"{file} promises no output: add a '# -> ...' line"
+    printed = [line.rstrip() for line in result.stdout.splitlines()]
+    assert printed == promised.split("\n")

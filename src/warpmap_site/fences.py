@@ -15,7 +15,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from pymdownx.superfences import SuperFencesException
 
-from warpmap_site.sources import find_symbol
+from warpmap_site.sources import find_symbol, split_snippet
 
 _FORMAT = HtmlFormatter(cssclass="highlight", wrapcode=True)
 
@@ -23,22 +23,6 @@ _FORMAT = HtmlFormatter(cssclass="highlight", wrapcode=True)
 def python(code: str) -> str:
     """Highlighted Python, with the classes that the site's CSS colours."""
     return highlight(code, PythonLexer(), _FORMAT)
-
-
-def split_snippet(code: str) -> tuple[str, str]:
-    r"""A snippet's code and, apart, the output that its comments promise.
-
-    Examples:
-        >>> split_snippet("print(1)\n# -> 1\nprint(2)\n# -> 2\n")
-        ('print(1)\nprint(2)', '1\n2')
-    """
-    kept, output = [], []
-    for line in code.splitlines():
-        if line.strip().startswith("# ->"):
-            output.append(line.strip().removeprefix("# ->").removeprefix(" "))
-        else:
-            kept.append(line)
-    return "\n".join(kept).strip("\n"), "\n".join(output)
 
 
 @dataclass(frozen=True)
@@ -78,6 +62,8 @@ class Fences:
         symbols = [
             find_symbol(self.root, n.strip()) for n in names.splitlines()
         ]
+        if len({symbol.file for symbol in symbols}) > 1:
+            raise LookupError(f"{names.split()} are not of one module")
         file = symbols[0].file.relative_to(self.root).as_posix()
         code = "\n\n\n".join(symbol.code for symbol in symbols)
         name = names.splitlines()[0].strip()

@@ -1,5 +1,6 @@
 """What the site writes by itself: reference pages, references, map data."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def reference_pages(root: Path, atlas: Atlas) -> dict[str, str]:
                 continue
             dotted = f"warpmap.{topic.path.replace('/', '.')}"
             written[f"reference/{topic.path}.md"] = (
-                f"---\ntitle: '{topic.title}: reference'\n"
+                # JSON is YAML: a title may hold quotes and colons
+                f"---\ntitle: {json.dumps(topic.title + ': reference')}\n"
                 "search:\n  boost: 0.5\n---\n\n"
                 f"`{dotted}`, explained in "
                 f"[{topic.title}](../../../{topic.path}.md).\n\n"

@@ -22,6 +22,7 @@ BUNDLE = Path(__file__).parent / "theme/assets/bundle/main.js"
 log = logging.getLogger("mkdocs.plugins.warpmap")
 
 
+# MkDocs leaves BasePlugin and the names of templates half typed
 class WarpmapPlugin(BasePlugin):  # type: ignore[no-untyped-call,type-arg]
     """Draws the map, adds what pages have in common, checks the trees."""
 

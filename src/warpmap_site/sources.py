@@ -1,4 +1,4 @@
-"""Where a topic's files lie, what they hash to, and a symbol's source.
+"""A topic's files, their hash, a symbol's source, a snippet's two parts.
 
 Only the standard library: the machines that run the tests use this too.
 """
@@ -77,6 +77,22 @@ def topic_of(file: str) -> str | None:
     if not match or match[2] == "__init__":
         return None
     return f"{match[1]}/{match[2]}"
+
+
+def split_snippet(code: str) -> tuple[str, str]:
+    r"""A snippet's code and, apart, the output that its comments promise.
+
+    Examples:
+        >>> split_snippet("print(1)\n# -> 1\nprint(2)\n# -> 2\n")
+        ('print(1)\nprint(2)', '1\n2')
+    """
+    kept, output = [], []
+    for line in code.splitlines():
+        if line.strip().startswith("# ->"):
+            output.append(line.strip().removeprefix("# ->").removeprefix(" "))
+        else:
+            kept.append(line)
+    return "\n".join(kept).strip("\n"), "\n".join(output)
 
 
 @dataclass(frozen=True)

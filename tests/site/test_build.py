@@ -51,10 +51,24 @@ def test_large_map_builds(tmp_path):
     assert dead_links(tmp_path / "site") == []
 
 
+def test_title_may_hold_quotes_and_a_colon(tmp_path):
+    title = json.dumps('A GPU\'s memory: "fast"')  # JSON is YAML
+    topics = {"kernels/basics/softmax": {"title": title}}
+    write_repository(tmp_path, topics)
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    assert dead_links(tmp_path / "site") == []
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
         ("softmax.double\n", "softmax.triple\n", "defines double"),
+        (
+            "softmax.double\n",
+            "softmax.double\nwarpmap.kernels.basics.other.double\n",
+            "not of one module",
+        ),
         (
             "softmax.double\n",
             "softmax.double\nwarpmap.no.x\n",
@@ -72,7 +86,7 @@ def test_large_map_builds(tmp_path):
 )
 def test_author_mistake_fails_the_build(tmp_path, old, new, says):
     path = "kernels/basics/softmax"
-    write_repository(tmp_path, {path: {}})
+    write_repository(tmp_path, {path: {}, "kernels/basics/other": {}})
     page = tmp_path / f"docs/{path}.md"
     text = page.read_text("utf-8")
     assert old in text

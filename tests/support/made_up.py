@@ -48,7 +48,7 @@ WORDS = [
 ]
 PAGE = """---
 title: {title}
-description: What {title} is for, and why it matters to you.
+description: What this topic is for, and why it matters to you.
 aliases: [{alias}]
 kind: {kind}
 builds_on: [{builds_on}]

@@ -4,6 +4,7 @@
 PYTHON      ?=
 ADDRESS     ?= 127.0.0.1:8000
 GPUS        ?= 1
+TOPICS      ?=
 GPU_PYTHON  ?= python3
 GPU_RECORDS ?= gpu$(if $(filter-out 1,$(GPUS)),-x$(GPUS))
 
@@ -13,7 +14,7 @@ TEST := .venv/test/bin
 export NO_MKDOCS_2_WARNING := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help serve test check lint types site browser wheel gpu bundle clean
+.PHONY: help serve test check lint types site browser wheel gpu bench labs bundle clean
 .NOTPARALLEL:
 
 help: ## say what there is to make
@@ -33,6 +34,12 @@ test: .venv/test/ready ## run every test that needs no browser
 gpu: ## run the tests on the machine's own PyTorch and GPU; GPUS=4 for four
 	$(GPU_PYTHON) -m pytest src/warpmap tests --ignore=tests/site \
 	    --gpu $(GPUS) --report docs/records/$(GPU_RECORDS)/tests.json
+
+bench: ## measure the topics on the machine's own PyTorch and GPU
+	PYTHONPATH=src $(GPU_PYTHON) -m warpmap_site.cli bench $(TOPICS)
+
+labs: .venv/test/ready ## run the notebooks of docs/labs and store their outputs
+	PYTHONPATH=src $(TEST)/python -m warpmap_site.labs
 
 clean: ## remove all that make made, .venv too
 	rm -rf .venv build dist site src/*.egg-info docs/records/cpu \

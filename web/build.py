@@ -20,6 +20,14 @@ OWN_NODE = WEB.parent / ".venv/node"
 MODULES = WEB / "node_modules"
 LOCK = WEB / "package-lock.json"
 OLDEST_NODE = 20
+# the browser's Python, copied as it is
+PYODIDE = [
+    "pyodide.mjs",
+    "pyodide.asm.mjs",
+    "pyodide.asm.wasm",
+    "python_stdlib.zip",
+    "pyodide-lock.json",
+]
 QUIET = ["--no-audit", "--no-fund", "--no-update-notifier", "--loglevel=error"]
 
 
@@ -105,7 +113,7 @@ def install() -> None:
 
 
 def bundle() -> None:
-    """Bundle ``src`` into the theme, if something changed."""
+    """Bundle ``src`` and Pyodide into the theme, if something changed."""
     sources = sorted(p for p in (WEB / "src").rglob("*") if p.is_file())
     state = digest(LOCK, WEB / "package.json", *sources)
     stamp = MODULES / ".warpmap-bundle"
@@ -113,10 +121,15 @@ def bundle() -> None:
         print("web: the bundle is up to date")
         return
     install()
+    runtime = [MODULES / "pyodide" / name for name in PYODIDE]
+    size = sum(file.stat().st_size for file in runtime)
     # a build that fails leaves the last bundle in its place
     new = MODULES / ".warpmap-new"
     shutil.rmtree(new, ignore_errors=True)
-    run("bundle", "--", f"--outdir={new}")
+    run("bundle", "--", f"--outdir={new}", f"--define:PYTHON_BYTES={size}")
+    (new / "pyodide").mkdir()
+    for file in runtime:
+        shutil.copyfile(file, new / "pyodide" / file.name)
     shutil.rmtree(OUT, ignore_errors=True)
     shutil.move(new, OUT)
     stamp.write_text(state)

@@ -5,8 +5,8 @@ exist raises, which ends the build.
 """
 
 import html
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,12 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from pymdownx.superfences import SuperFencesException
 
-from warpmap_site.sources import find_symbol, split_snippet
+from warpmap_site import cells
+from warpmap_site.atlas import Topic
+from warpmap_site.calculators import calculator_html
+from warpmap_site.records import record_html
+from warpmap_site.sources import find_symbol, split_snippet, topic_of
+from warpmap_site.traces import trace_html
 
 _FORMAT = HtmlFormatter(cssclass="highlight", wrapcode=True)
 
@@ -32,10 +37,14 @@ class Fences:
     Args:
         root: The repository.
         source_url: Where its files can be read on the web, or "".
+        topics: Topics by their path.
+        colab_url: Where Colab finds the notebooks of the built site, or "".
     """
 
     root: Path
     source_url: str = ""
+    topics: Mapping[str, Topic] = field(default_factory=dict)
+    colab_url: str = ""
 
     def superfences(self) -> list[dict[str, Any]]:
         """What ``pymdownx.superfences`` takes as ``custom_fences``."""
@@ -45,6 +54,9 @@ class Fences:
                 ("source", self.source),
                 ("cell", self.cell),
                 ("figure", self.figure),
+                ("record", self.record),
+                ("calculator", calculator_html),
+                ("trace", trace_html),
             )
         ]
 
@@ -52,8 +64,11 @@ class Fences:
         def fence(source: str, language: str, *_: Any, **__: Any) -> str:
             try:
                 return render(source.strip())
-            except (LookupError, OSError) as error:
-                raise SuperFencesException(f"```{language}: {error}") from error
+            except Exception as error:  # else superfences hides it
+                says = str(error)
+                if not isinstance(error, LookupError | OSError):
+                    says = f"{type(error).__name__}: {says}"
+                raise SuperFencesException(f"```{language}: {says}") from error
 
         return fence
 
@@ -73,6 +88,8 @@ class Fences:
             link += f"#{name}"
         first = min(symbol.first_line for symbol in symbols)
         last = max(symbol.last_line for symbol in symbols)
+        if "/_" in path:  # a private module has no reference page
+            link = ""
         if self.source_url:
             link = f"{self.source_url}/{file}#L{first}-L{last}"
         return self._panel(
@@ -86,11 +103,16 @@ class Fences:
         """A snippet that the tests run, with the output they compare."""
         code, output = split_snippet((self.root / file).read_text("utf-8"))
         link = f"{self.source_url}/{file}" if self.source_url else ""
-        shown = (
-            '<div class="wm-output"><span class="wm-output-label">Output'
-            f"</span><pre tabindex=0>{html.escape(output)}</pre></div>"
+        topic = self.topics.get(topic_of(file) or "")
+        body = python(code) + (cells.controls(topic) if topic else "")
+        return self._panel(
+            file,
+            link,
+            body + cells.output(output),
+            file,
+            "wm-cell",
+            cells.links(topic, self.colab_url) if topic else "",
         )
-        return self._panel(file, link, python(code) + shown, file, "wm-cell")
 
     def figure(self, text: str) -> str:
         """An SVG put into the page, so that it takes the page's colours.
@@ -104,14 +126,24 @@ class Fences:
             f"<figcaption>{html.escape(caption.strip())}</figcaption></figure>"
         )
 
+    def record(self, text: str) -> str:
+        """Measured numbers as a table, perhaps with a chart."""
+        return record_html(self.root, text)
+
     def _panel(
-        self, file: str, link: str, body: str, says: str, css: str = ""
+        self,
+        file: str,
+        link: str,
+        body: str,
+        says: str,
+        css: str = "",
+        links: str = "",
     ) -> str:
         says = html.escape(says)
         name = f'<a href="{link}">{says}</a>' if link else says
         return (
             f'<div class="wm-code {css}" data-file="{html.escape(file)}">'
-            f'<div class="wm-bar"><span class="wm-file">{name}</span>'
+            f'<div class="wm-bar"><span class="wm-file">{name}</span>{links}'
             '<button class="wm-copy" type="button" hidden>Copy</button></div>'
             f"{body}</div>"
         )

@@ -218,6 +218,13 @@ def _tree_problems(root: Path, atlas: Atlas) -> Iterator[Problem]:
                     "add that file, or say 'kind: survey'",
                 )
         text = files.page.read_text("utf-8")
+        if topic.meta.kind == "calculator" and "\n```calculator\n" not in text:
+            yield Problem(
+                page,
+                "kind",
+                "is calculator, but the page has no calculator",
+                "add a ```calculator fence, or say 'kind: implement'",
+            )
         dotted = f"warpmap.{topic.path.replace('/', '.')}."
         for shown, what in (
             (f"\n{dotted}", f"```source fence with {dotted}<name>"),
@@ -228,7 +235,7 @@ def _tree_problems(root: Path, atlas: Atlas) -> Iterator[Problem]:
                     page, "page", "does not show its code", f"add a {what}"
                 )
 
-    trees = ("src/warpmap", "snippets", "tests")
+    trees = ("src/warpmap", "snippets", "tests", "benchmarks")
     for tree in trees:
         for file in sorted((root / tree).rglob("*.py")):
             path = topic_of(_name(root, file))

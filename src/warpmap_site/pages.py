@@ -24,7 +24,7 @@ def topic_markdown(root: Path, topic: Topic, markdown: str) -> str:
 
 
 def reference_pages(root: Path, atlas: Atlas) -> dict[str, str]:
-    """The reference: an index, and one page a topic that has a module.
+    """The reference: an index, and one page a public module.
 
     Returns:
         Markdown by path from ``docs``.
@@ -46,6 +46,17 @@ def reference_pages(root: Path, atlas: Atlas) -> dict[str, str]:
                 f"::: {dotted}\n"
             )
             index.append(f"- [{topic.title}]({topic.path}.md): `{dotted}`")
+    index.append("\n## What topics share\n")
+    package = root / "src/warpmap"
+    for module in sorted(package.rglob("*.py")):
+        path = module.relative_to(package).with_suffix("").as_posix()
+        if module.name.startswith("_") or path in atlas.topics:
+            continue
+        dotted = f"warpmap.{path.replace('/', '.')}"
+        written[f"reference/{path}.md"] = (
+            f"---\ntitle: {path}\nsearch:\n  boost: 0.5\n---\n\n::: {dotted}\n"
+        )
+        index.append(f"- [{path}]({path}.md): `{dotted}`")
     return {"reference/index.md": "\n".join(index), **written}
 
 

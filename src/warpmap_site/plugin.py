@@ -1,6 +1,8 @@
 """The thin layer that binds the site's functions to MkDocs 1.x."""
 
 import logging
+import posixpath
+from hashlib import sha256
 from pathlib import Path
 
 from jinja2 import Environment
@@ -11,14 +13,19 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
 from mkdocs.utils.templates import TemplateContext
+from mkdocs_jupyter.config import settings as jupyter
 
-from warpmap_site import pages
+from warpmap_site import labs, pages
 from warpmap_site.atlas import KINDS, PLACES, Atlas
+from warpmap_site.browser import archive
 from warpmap_site.fences import Fences
+from warpmap_site.forms import import_from
 from warpmap_site.loading import AtlasError, load_atlas
+from warpmap_site.notebooks import notebook
 from warpmap_site.reports import last_passes
 
 BUNDLE = Path(__file__).parent / "theme/assets/bundle/main.js"
+MODULES = "assets/modules.zip"
 log = logging.getLogger("mkdocs.plugins.warpmap")
 
 
@@ -28,6 +35,8 @@ class WarpmapPlugin(BasePlugin):  # type: ignore[no-untyped-call,type-arg]
 
     root: Path
     atlas: Atlas
+    modules: bytes
+    labs: dict[str, labs.Lab]
 
     def on_config(self, config: MkDocsConfig) -> None:
         """Read the map; bind the fences to the repository."""
@@ -36,7 +45,15 @@ class WarpmapPlugin(BasePlugin):  # type: ignore[no-untyped-call,type-arg]
             self.atlas = load_atlas(self.root)
         except AtlasError as error:
             raise PluginError(str(error)) from error
-        fences = Fences(self.root, config.extra.get("source_url") or "")
+        import_from(self.root / "src")
+        self.labs = {lab.path: lab for lab in labs.load_labs(self.root)}
+        jupyter.templates_dir = str(labs.TEMPLATES)
+        fences = Fences(
+            self.root,
+            config.extra.get("source_url") or "",
+            self.atlas.topics,
+            config.extra.get("colab_url") or "",
+        )
         config.mdx_configs.setdefault("pymdownx.superfences", {})[
             "custom_fences"
         ] = fences.superfences()
@@ -44,11 +61,19 @@ class WarpmapPlugin(BasePlugin):  # type: ignore[no-untyped-call,type-arg]
             log.info("no JavaScript bundle: run 'python web/build.py' for it")
 
     def on_files(self, files: Files, config: MkDocsConfig) -> Files:
-        """Add the reference, one page a module, and an index of decisions."""
+        """Add the reference, the decisions, notebooks, the browser's Python."""
         written = pages.reference_pages(self.root, self.atlas)
         written["decisions/index.md"] = pages.decision_index(self.root)
+        written["labs/index.md"] = labs.index(list(self.labs.values()))
+        source_url = config.extra.get("source_url") or ""
+        for topic in self.atlas.topics.values():
+            if topic.meta.kind != "survey":
+                name = f"notebooks/{topic.path}.ipynb"
+                written[name] = notebook(self.root, topic, source_url)
         for path, text in written.items():
             files.append(File.generated(config, path, content=text))
+        self.modules = archive(self.root, self.atlas)
+        files.append(File.generated(config, MODULES, content=self.modules))
         return files
 
     def on_page_markdown(
@@ -63,6 +88,23 @@ class WarpmapPlugin(BasePlugin):  # type: ignore[no-untyped-call,type-arg]
             page.meta["template"] = "area.html"
         return markdown
 
+    def on_page_content(
+        self, html: str, page: Page, config: MkDocsConfig, files: Files
+    ) -> str:
+        """Make a lab a page of this site."""
+        path = page.file.src_uri.removesuffix(".ipynb")
+        if path not in self.labs:
+            return html
+        page.meta["template"] = "lab.html"
+
+        def address(link: str) -> str:
+            name = posixpath.normpath(f"labs/{link}")
+            if (file := files.get_file_from_path(name)) is None:
+                raise PluginError(f"docs/{path}.ipynb: there is no {name}")
+            return file.url_relative_to(page.file)
+
+        return labs.page_html(html, address)
+
     def on_env(
         self, env: Environment, config: MkDocsConfig, files: Files
     ) -> None:
@@ -74,6 +116,13 @@ class WarpmapPlugin(BasePlugin):  # type: ignore[no-untyped-call,type-arg]
             has_bundle=BUNDLE.exists(),
             map_data=pages.map_data(self.atlas),
             passes=lambda topic: last_passes(self.root, topic.path),
+            labs=list(self.labs.values()),
+            browser={
+                # an archive that changed has an address of its own
+                "modules": f"{MODULES}?{sha256(self.modules).hexdigest()[:8]}",
+                "pyodide": config.extra.get("pyodide_url") or "",
+                "wheels": config.extra.get("pyodide_wheels") or [],
+            },
         )
 
     def on_page_context(
@@ -92,5 +141,6 @@ class WarpmapPlugin(BasePlugin):  # type: ignore[no-untyped-call,type-arg]
         context.update(  # type: ignore[call-arg]
             topic=self.atlas.topics.get(path),
             area=self.atlas.area(area) if known else None,
+            lab=self.labs.get(path.removesuffix(".ipynb")),
         )
         return context

@@ -18,6 +18,11 @@ class Pass:
     stale: bool
 
 
+def passed_digest(root: Path, topic: str) -> str:
+    """A short hash of what a topic's tests rest on."""
+    return Files(root, topic).digest("module", "snippet", "test")
+
+
 def last_passes(root: Path, topic: str) -> list[Pass]:
     """Every machine on which the topic's tests passed, newest first.
 
@@ -41,7 +46,7 @@ def last_passes(root: Path, topic: str) -> list[Pass]:
                     tests=entry["passed"],
                     date=report["date"][:10],
                     commit=report["commit"],
-                    stale=entry["source"] != Files(root, topic).digest(),
+                    stale=entry["source"] != passed_digest(root, topic),
                 )
             )
     return sorted(passes, key=lambda p: (p.date, p.where), reverse=True)

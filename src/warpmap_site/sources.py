@@ -46,10 +46,23 @@ class Files:
         folder, _, name = self.path.rpartition("/")
         return self.root / "tests" / folder / f"test_{name}.py"
 
-    def digest(self) -> str:
-        """A short hash of module, snippet and test: what a result rests on."""
-        parts = (self.module, self.snippet, self.test)
-        code = b"\0".join(p.read_bytes() for p in parts if p.exists())
+    @property
+    def benchmark(self) -> Path:
+        """What measures the topic on a GPU; few topics have one."""
+        return self.root / "benchmarks" / f"{self.path}.py"
+
+    def digest(self, *parts: str) -> str:
+        """A short hash of what a result rests on.
+
+        Args:
+            parts: Which files; those that do not exist are left out.
+
+        Examples:
+            >>> Files(Path("nowhere"), "a/b/c").digest("module", "test")
+            'e3b0c44298fc'
+        """
+        files = [getattr(self, part) for part in parts]
+        code = b"\0".join(f.read_bytes() for f in files if f.exists())
         return hashlib.sha256(code).hexdigest()[:12]
 
 
@@ -70,7 +83,7 @@ def topic_of(file: str) -> str | None:
         >>> topic_of("tests/site/test_map.py")
     """
     match = re.fullmatch(
-        r"(?:src/warpmap|docs|snippets|tests)/"
+        r"(?:src/warpmap|docs|snippets|tests|benchmarks)/"
         rf"((?:{'|'.join(AREAS)})/[a-z0-9_]+)/(?:test_)?([a-z0-9_]+)\.(?:py|md)",
         file,
     )

@@ -6,6 +6,7 @@ import http.server
 import os
 import shutil
 import threading
+from typing import ClassVar
 
 import pytest
 from building import build
@@ -35,17 +36,39 @@ def find_chromium():
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
+    # the same on every machine
+    extensions_map: ClassVar = {
+        **http.server.SimpleHTTPRequestHandler.extensions_map,
+        ".js": "text/javascript",
+        ".mjs": "text/javascript",
+        ".wasm": "application/wasm",
+    }
+
     def log_message(self, *_):
         pass
 
 
+class Poor(Quiet):
+    """A host that knows few types of files."""
+
+    def guess_type(self, path):
+        known = str(path).endswith((".html", ".css", ".js"))
+        return super().guess_type(path) if known else "application/x-unknown"
+
+
 @contextlib.contextmanager
-def serve(folder):
-    handler = functools.partial(Quiet, directory=folder)
+def serve(folder, handler=Quiet):
+    handler = functools.partial(handler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def poor_host():
+    """``with poor_host(folder) as address``."""
+    return functools.partial(serve, handler=Poor)
 
 
 @pytest.fixture(scope="session")
@@ -77,14 +100,14 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium, address):
-    """``open_page(path, **context)``: the page, and what it asked for.
+    """``open_page(path, base, **context)``: a page of the site, or of another.
 
     Fails at the end when a page asked another server for anything, or when
     its scripts raised.
     """
     contexts, outside, errors = [], [], []
 
-    def opened(path="", **options):
+    def opened(path="", base=address, **options):
         options.setdefault("viewport", {"width": 1280, "height": 800})
         context = chromium.new_context(**options)
         contexts.append(context)
@@ -93,12 +116,12 @@ def open_page(chromium, address):
             "request",
             lambda r: (
                 None
-                if r.url.startswith((address, "data:", "blob:"))
+                if r.url.startswith((base, "data:", "blob:"))
                 else outside.append(r.url)
             ),
         )
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(address + path)
+        page.goto(base + path)
         page.wait_for_load_state("networkidle")
         return page
 

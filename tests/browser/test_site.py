@@ -5,17 +5,20 @@ import json
 import pytest
 from building import ROOT
 
+from warpmap_site.labs import load_labs
 from warpmap_site.loading import load_atlas
 
 ATLAS = load_atlas(ROOT)
+LABS = [lab.url for lab in load_labs(ROOT)]
 PAGES = [
     "",
     *(f"{area.path}/" for area in ATLAS.areas),
     *(topic.url for topic in ATLAS.reading_order),
     *(f"reference/{t.url}" for t in ATLAS.reading_order),
+    *("labs/", *LABS),
 ]
 KV = ATLAS.topics["inference/decoding/kv_cache_size"]
-SAMPLE = ["", "kernels/", KV.url, f"reference/{KV.url}"]
+SAMPLE = ["", "kernels/", KV.url, f"reference/{KV.url}", "labs/", *LABS]
 AXE = ROOT / "web/node_modules/axe-core/axe.min.js"
 
 

@@ -7,7 +7,7 @@ from made_up import write_repository
 
 from warpmap_site.fences import Fences
 from warpmap_site.references import load_references, render
-from warpmap_site.reports import last_passes
+from warpmap_site.reports import last_passes, passed_digest
 from warpmap_site.sources import Files, find_symbol
 
 PATH = "kernels/basics/softmax"
@@ -83,7 +83,9 @@ def test_report_turns_stale_when_the_code_changes(repository):
         "date": "2026-01-02T03:04+00:00",
         "commit": "abc",
         "machine": {"gpu": "NVIDIA H200", "torch": "2.11.0+cu130"},
-        "topics": {PATH: {"passed": 3, "source": files.digest()}},
+        "topics": {
+            PATH: {"passed": 3, "source": passed_digest(repository, PATH)}
+        },
     }
     file = repository / "docs/records/h200/tests.json"
     file.parent.mkdir(parents=True)

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 ROOT = Path(__file__).parents[2]
 
 
-def build(repository, out):
+def build(repository, out, **environment):
     """``mkdocs build --strict``; returns the finished process."""
     return subprocess.run(
         [
@@ -31,6 +31,7 @@ def build(repository, out):
             **os.environ,
             "NO_MKDOCS_2_WARNING": "1",
             "PYTHONPATH": str(ROOT / "src"),
+            **environment,
         },
     )
 

@@ -82,6 +82,54 @@ def double(x: int) -> int:
     """
     return 2 * x
 '''
+CALCULATOR_FENCE = """
+```calculator
+{dotted}.double_calculator
+Kind: PRESETS
+chart: double_chart
+```
+"""
+CALCULATOR = '''
+
+from dataclasses import dataclass
+from typing import Literal
+
+from warpmap.chart import Axis, Bar, BarChart
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """A number, doubled.
+
+    Attributes:
+        result_gib: Twice the number, in GiB.
+    """
+
+    result_gib: float | None
+
+
+def double_calculator(
+    x: int = 1, scale: float = 2.0, odd: bool = False, by: Literal["a"] = "a"
+) -> Doubled:
+    """Twice a number.
+
+    Args:
+        x: A number.
+        scale: Another.
+        odd: Whether it is odd.
+        by: By what.
+    """
+    if x < 0:
+        raise ValueError(f"x must be at least 0, got {x}")
+    return Doubled(scale * x)
+
+
+def double_chart(**given):
+    return BarChart("Double", Axis("GiB"), [Bar("x", [("", given["x"])])])
+
+
+PRESETS = {"one": {"x": 1, "odd": True}}
+'''
 
 
 def write_topic(root, path, **front_matter):
@@ -96,9 +144,12 @@ def write_topic(root, path, **front_matter):
     }
     files = Files(root, path)
     dotted = f"warpmap.{path.replace('/', '.')}"
+    page, module = PAGE, MODULE
+    if values["kind"] == "calculator":
+        page, module = page + CALCULATOR_FENCE, module + CALCULATOR
     for file, text in (
-        (files.page, PAGE.format(path=path, dotted=dotted, **values)),
-        (files.module, MODULE),
+        (files.page, page.format(path=path, dotted=dotted, **values)),
+        (files.module, module),
         (
             files.snippet,
             f'"""Doubles."""\n\nfrom {dotted} import double\n\n'

@@ -4,59 +4,15 @@ A pytest plugin. A topic is in the report when at least one of its tests,
 doctests or snippets ran and none failed, with the hash of the files it ran.
 """
 
-import datetime
 import json
-import os
-import platform
-import subprocess
 from collections import Counter
 from pathlib import Path
 
-from warpmap_site.sources import Files, topic_of
+from warpmap_site.records import commit, machine, now
+from warpmap_site.reports import passed_digest
+from warpmap_site.sources import topic_of
 
 ROOT = Path(__file__).parents[2]
-
-
-def commit():
-    """The commit: ``WARPMAP_COMMIT`` where there is no ``.git``."""
-    if given := os.environ.get("WARPMAP_COMMIT"):
-        return given
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short=10", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if head.returncode:
-        return "unknown"
-    dirty = subprocess.run(
-        [*git, "status", "--porcelain", "src", "snippets", "tests"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return head.stdout.strip() + ("-dirty" if dirty.stdout else "")
-
-
-def machine():
-    import torch
-
-    gpus = Counter(
-        torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-    )
-    about = {
-        "gpu": ", ".join(f"{n} x {g}" if n > 1 else g for g, n in gpus.items()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    try:
-        import triton
-
-        about["triton"] = triton.__version__
-    except ModuleNotFoundError:
-        pass
-    return about
 
 
 class Report:
@@ -80,13 +36,12 @@ class Report:
 
     def pytest_sessionfinish(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        now = datetime.datetime.now(datetime.UTC)
         report = {
-            "date": now.isoformat(timespec="minutes"),
-            "commit": commit(),
+            "date": now(),
+            "commit": commit(ROOT),
             "machine": machine(),
             "topics": {
-                topic: {"passed": n, "source": Files(ROOT, topic).digest()}
+                topic: {"passed": n, "source": passed_digest(ROOT, topic)}
                 for topic, n in sorted(self.passed.items())
                 if topic not in self.failed
             },

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from warpmap.hardware.performance.roofline import (
+    CHIPS,
     H200,
+    WEIGHTS,
     Ceilings,
     Work,
     attention,
@@ -17,6 +19,7 @@ from warpmap.hardware.performance.roofline import (
     elementwise,
     gemm,
     layer_roofline,
+    roofline_chart,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -302,6 +305,32 @@ def test_calculator_agrees_with_its_parts():
     assert layer.break_even_batch == break_even_batch(14336, 4096, H200, 2, 0.5)
 
 
+@pytest.mark.parametrize("batch", [1, 64, 217, 8192])
+@pytest.mark.parametrize("weight_bytes", [2, 0.5])
+def test_chart_shows_the_layer_on_the_roof(batch, weight_bytes):
+    chart = roofline_chart(batch, 8192, 8192, 2, weight_bytes, 989.4, 4.8)
+    (roof,) = chart.lines
+    for intensity, rate in roof.points:
+        assert rate == pytest.approx(min(989.4, 4.8 * intensity))
+    ridge, layer = chart.points
+    assert ridge.x == pytest.approx(989.4 / 4.8)
+    assert roof.points[0][0] <= layer.x <= roof.points[-1][0]
+    assert layer.y == pytest.approx(min(989.4, 4.8 * layer.x))
+    # 2 FLOPs a weight and token; inputs, weights and outputs move once
+    moved = 2 * 2 * batch * 8192 + weight_bytes * 8192**2
+    assert layer.x == pytest.approx(2 * batch * 8192**2 / moved)
+
+
+def test_menus_hold_what_the_page_computes_with():
+    h200 = CHIPS["H200 SXM"]
+    assert h200 == {"peak_tflops": 989.4, "bandwidth_tb_s": 4.8}
+    # 2 M N K FLOPs: half the bytes of the weights, half the batch
+    crossings = [layer_roofline(**w).break_even_batch for w in WEIGHTS.values()]
+    assert crossings == [218, 109, 55]
+    for chip in CHIPS.values():
+        layer_roofline(**chip)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -316,8 +345,8 @@ def test_calculator_agrees_with_its_parts():
         (lambda: Ceilings(float("inf"), 1), "flops_per_s > 0 and finite"),
         (lambda: Ceilings(1, 0), "bytes_per_s > 0"),
         (lambda: break_even_batch(0, 1), "N > 0"),
-        (lambda: layer_roofline(batch=0), "M > 0"),
-        (lambda: layer_roofline(bandwidth_tb_s=-1), "bytes_per_s > 0"),
+        (lambda: layer_roofline(batch=0), "batch > 0"),
+        (lambda: layer_roofline(bandwidth_tb_s=-1), "bandwidth_tb_s > 0"),
     ],
 )
 def test_bad_input_says_what_came(call, says):

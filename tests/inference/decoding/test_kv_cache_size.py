@@ -5,6 +5,7 @@ what attention over all tokens gives.
 """
 
 import importlib.util
+import inspect
 import math
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from warpmap import DEVICE
 from warpmap.inference.decoding.kv_cache_size import (
     GIB,
+    MEMORY,
     MODELS,
+    PRESETS,
+    kv_cache_chart,
     kv_cache_size,
     requests_that_fit,
     tokens_held,
@@ -281,6 +285,61 @@ def test_bad_numbers_are_named(wrong, says):
 
 def test_nothing_fits_beside_weights_that_do_not_fit():
     assert kv_cache_size(memory_gib=80, weights_gib=132).requests == 0
+
+
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(kv_cache_size).parameters.items()
+}
+
+
+def test_chart_counts_what_fits_and_no_more():
+    chart = kv_cache_chart(**DEFAULTS)
+    free = 65 * 2**30
+    for line, width in zip(chart.lines, (2, 1), strict=True):
+        assert line.name == f"{width} byte{'s' * (width == 2)} a value"
+        for tokens, fit in line.points:
+            request = 32 * 2 * 8 * 128 * width * tokens  # blocks are full
+            if math.isnan(fit):
+                assert request > free
+            else:
+                assert fit * request <= free < (fit + 1) * request
+    (point,) = chart.points
+    assert (point.x, point.y) == (8192, 65)
+    assert (8192, 65) in chart.lines[0].points
+
+
+def test_chart_shows_what_windows_save():
+    given = {**DEFAULTS, **MODELS["Mistral 7B v0.1"], "tokens": 100_000}
+    kept, _, whole = (
+        dict(line.points) for line in kv_cache_chart(**given).lines
+    )
+    assert {kept[n] for n in kept if n >= 4096} == {130}  # 65 GiB, 512 MiB each
+    assert all(kept[n] == whole[n] for n in kept if n <= 4096)
+    assert whole[32768] == 16
+
+
+def test_chart_of_what_does_not_fit_is_empty():
+    chart = kv_cache_chart(**{**DEFAULTS, "weights_gib": 81})
+    assert all(math.isnan(y) for line in chart.lines for _, y in line.points)
+
+
+def test_chart_refuses_what_the_calculator_refuses():
+    with pytest.raises(ValueError, match="tokens must be at least 1"):
+        kv_cache_chart(**{**DEFAULTS, "tokens": 0})
+
+
+def test_presets_agree_with_the_page_and_set_the_whole_shape():
+    for name, shape in MODELS.items():
+        want = kv_cache_size(**shape, tokens=100_000)
+        preset = {**PRESETS[name], "weights_gib": 15}
+        assert kv_cache_size(**preset, tokens=100_000) == want, name
+    shape = set(list(DEFAULTS)[:7]) | {"weights_gib"}
+    for preset in PRESETS.values():
+        assert set(preset) == shape
+        kv_cache_size(**preset)
+    assert PRESETS["Llama 3 8B"]["weights_gib"] == 15
+    assert MEMORY["8 x H200 SXM"] == {"memory_gib": 1123}
 
 
 def test_runs_without_torch_and_numpy():

@@ -1,10 +1,16 @@
 import random
+import re
 from collections import Counter
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import pytest
 
-from warpmap.inference.kv_cache.radix_attention import RadixCache, count_reused
+from warpmap.inference.kv_cache import radix_attention
+from warpmap.inference.kv_cache.radix_attention import (
+    RadixCache,
+    count_reused,
+    radix_trace,
+)
 
 CAPACITY = 12
 SEEDS = range(40)
@@ -374,3 +380,118 @@ def test_an_evicted_node_is_refused():
     for use in (cache.lock, cache.unlock, cache.slots):
         with pytest.raises(ValueError, match="not in the tree"):
             use(leaf)
+
+
+# -- the trace -----------------------------------------------------------------
+
+
+def check_trace(trace):
+    """Every frame agrees with itself: no slot twice, none lost."""
+    for frame in trace:
+        nodes = {node.key: node for node in frame.picture.nodes}
+        ((_, pool),) = frame.below.rows
+        held = {}
+        for node in frame.picture.nodes[1:]:
+            tokens = node.text.split()
+            slots = node.note.partition(",")[0].split()[1:]
+            assert len(tokens) == len(slots)
+            for token, slot in zip(tokens, map(int, slots), strict=True):
+                assert slot not in held, "a slot holds two tokens"
+                held[slot] = token
+            # siblings part at their first token
+            twins = [n for n in nodes.values() if n.parent == node.parent]
+            assert len({n.text.split()[0] for n in twins}) == len(twins)
+        assert {i: c.text for i, c in enumerate(pool) if c.text} == held
+    # whoever was given a slot keeps it until it goes
+    for before, after in pairwise(trace):
+        gone = {c for c in before.below.rows[0][1] if c.mark == "gone"}
+        for old, new in zip(
+            before.below.rows[0][1], after.below.rows[0][1], strict=True
+        ):
+            assert old.text in ("", new.text) or old in gone
+
+
+def serve(requests, capacity, in_flight, record=None):
+    """What the trace does, by hand; no request has to wait here."""
+    cache, running = RadixCache(capacity, record), []
+    for request in requests.split(";"):
+        if len(running) == in_flight:
+            cache.unlock(running.pop(0))
+        leaf, _ = cache.insert(request.split())
+        cache.lock(leaf)
+        running.append(leaf)
+    return cache
+
+
+REQUESTS = "a b c d; a b x y; a b c z; q r; a b c d e"
+
+
+@pytest.mark.parametrize("capacity", [8, 9, 30])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_trace_ends_where_the_cache_ends(capacity, in_flight):
+    steps = []
+    cache = serve(REQUESTS, capacity, in_flight)
+    told = serve(
+        REQUESTS, capacity, in_flight, lambda step, node: steps.append(step)
+    )
+    assert str(told) == str(cache)
+    assert steps.count("insert") >= 4
+
+    trace = radix_trace(REQUESTS, capacity, in_flight)
+    check_trace(trace)
+    shown = [f"{n.text} [{n.note}]" for n in trace[-1].picture.nodes[1:]]
+    expected = []
+    for line in str(cache).splitlines():
+        tokens, slots, more = re.fullmatch(
+            r" *(.*) \[(.*)\] t\d+(.*)", line
+        ).groups()
+        many = "slots" if " " in slots else "slot"
+        locks = int(more.partition("=")[2] or 0)
+        note = f"{many} {slots}" + (
+            f", {locks}\xa0lock{'s' * (locks > 1)}" if locks else ""
+        )
+        expected.append(f"{tokens} [{note}]")
+    assert shown == expected
+
+
+def test_default_trace_shows_every_kind_of_step():
+    trace = radix_trace()
+    check_trace(trace)
+    captions = "\n".join(frame.caption for frame in trace)
+    for said in ("is split", "is computed", "and goes", "locked", "finished"):
+        assert said in captions
+    assert 10 <= len(trace) <= 40
+    gone = [f for f in trace if any(n.mark == "gone" for n in f.picture.nodes)]
+    assert len(gone) == 1
+
+
+def test_a_request_waits_for_one_in_flight():
+    trace = radix_trace("a b; c d; e f", capacity=4, in_flight=3)
+    check_trace(trace)
+    captions = [frame.caption for frame in trace]
+    at = next(i for i, c in enumerate(captions) if "3 has to wait" in c)
+    assert captions[at + 1].startswith("Request 1 has finished")
+    assert captions[-1] == "Request 3 runs: its path is locked."
+
+
+@pytest.mark.parametrize(
+    "wrong", [SplitLosesASlot, EvictionKeepsTheSlots, EvictionTakesParents]
+)
+def test_a_wrong_cache_shows_in_the_trace(wrong, monkeypatch):
+    monkeypatch.setattr(radix_attention, "RadixCache", wrong)
+    with pytest.raises((AssertionError, ValueError, IndexError)):
+        check_trace(radix_trace("a b c; a b d; e f g; h i j; a b k", 6, 1))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"requests": " ; "}, "requests must be 1 to 16, got 0"),
+        ({"capacity": 0}, "capacity must be 1 to 48, got 0"),
+        ({"capacity": 8}, "capacity must be 9 or more"),
+        ({"in_flight": 0}, "in_flight must be 1 to 8, got 0"),
+    ],
+)
+def test_bad_input_of_the_trace_is_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        radix_trace(**given)

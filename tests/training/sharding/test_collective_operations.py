@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from ranks import device
 
+from warpmap.training.sharding import _ring
 from warpmap.training.sharding import collective_operations as ours
+from warpmap.training.sharding._ring import (
+    all_gather_steps,
+    all_reduce_lists,
+    reduce_scatter_steps,
+    ring_trace,
+)
 from warpmap.training.sharding.collective_operations import (
     DTYPES,
     Cost,
@@ -292,17 +299,15 @@ def test_bad_worlds_are_refused():
         tree_children(4, 4)
 
 
-ADD_CHUNK = "chunks[(rank - 2 - step) % size] += received"
+ADD_CHUNK = "chunks[receive] += received"
 ADD_CHILD = "        total += received"
-PLACE = "(rank - step) % size, (rank - step - 1) % size"
+PLACE = "shards[receive]"
+STEPS = "in reduce_scatter_steps(rank, size)"
 FAULTS = {
-    "ring is off by one chunk": (ADD_CHUNK, ADD_CHUNK.replace("2", "1")),
+    "ring is off by one chunk": (ADD_CHUNK, "chunks[receive - 1] += received"),
     "ring forgets its own chunk": (ADD_CHUNK, ADD_CHUNK.replace("+=", "=")),
-    "ring stops a step early": (
-        "range(size - 1):\n        _pass_on(chunks",
-        "range(size - 2):\n        _pass_on(chunks",
-    ),
-    "ring gathers into the wrong row": (PLACE, PLACE.replace("1", "2")),
+    "ring stops a step early": (STEPS, f"{STEPS}[:-1]"),
+    "ring gathers into the wrong row": (PLACE, "shards[receive - 1]"),
     "tree skips a child": (
         ADD_CHILD,
         f"        if child > 1:\n    {ADD_CHILD}",
@@ -334,3 +339,118 @@ def test_only_an_odd_world_catches_a_tree_for_powers_of_two(ranks):
     for size in (3, 5):
         with pytest.raises(AssertionError):
             check(ranks(size), "tree_all_reduce", case, fault)
+
+
+# -- the steps, without processes ----------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [reduce_scatter_steps, all_gather_steps])
+@pytest.mark.parametrize("size", range(1, 9))
+def test_what_one_rank_sends_the_next_receives(schedule, size):
+    for rank in range(size):
+        mine, theirs = schedule(rank, size), schedule((rank + 1) % size, size)
+        assert len(mine) == size - 1
+        assert [s.send for s in mine] == [s.receive for s in theirs]
+
+
+def reduce_lists(inputs):
+    """What one rank of the lists' ring holds; every rank runs all of it."""
+    mine = torch.tensor(inputs[dist.get_rank()], device=device())
+    return ours.ring_all_reduce(mine).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("length", [1, 4, 7])
+def test_lists_agree_with_processes(ranks, size, length):
+    inputs = [[(r + 2) ** i for i in range(length)] for r in range(size)]
+    heard = []
+    lists = all_reduce_lists(inputs, lambda *what: heard.append(what))
+    assert lists == all_reduce_lists(inputs)
+    assert lists == ranks(size).run(reduce_lists, inputs)
+    assert len(heard) == 1 + 4 * (size - 1)
+
+
+def check_ring(ranks, elements):
+    """Every frame of the trace agrees with itself, the last is the sum."""
+    trace = ring_trace(ranks, elements)
+    shares = [10**rank for rank in range(ranks)]
+    width = -(-elements // ranks)
+    before = None
+    for frame in trace:
+        held = [
+            [list(map(int, cell.text.split())) for cell in cells]
+            for _, cells in frame.picture.nodes
+        ]
+        for number in (n for node in held for chunk in node for n in chunk):
+            assert set(str(number)) <= {"0", "1"}, "a share came in twice"
+        for arrow in frame.picture.arrows:
+            assert arrow.target == (arrow.source + 1) % ranks
+        if frame.picture.arrows:
+            before, sent = held, frame.picture.arrows
+        elif before:
+            for arrow in sent:
+                chunk = int(arrow.text.split()[1])
+                came = before[arrow.source][chunk]
+                mine = before[arrow.target][chunk]
+                added = [a + b for a, b in zip(mine, came, strict=True)]
+                reduces = frame.caption.startswith("Reduce")
+                now = held[arrow.target][chunk]
+                assert now == (added if reduces else came)
+                before[arrow.target][chunk] = now
+            assert held == before, "something else changed"
+    total = [sum(shares)] * elements
+    total += [0] * (ranks * width - elements)
+    for node in held:
+        assert [n for chunk in node for n in chunk] == total
+    assert len(trace) == 1 + 4 * (ranks - 1)
+
+
+@pytest.mark.parametrize("size", range(2, 7))
+def test_trace_keeps_every_share_and_ends_in_the_sum(size):
+    for elements in (1, size, 2 * size):
+        check_ring(size, elements)
+
+
+STEPS_FAULTS = {
+    "reduce_scatter_steps": (
+        lambda rank, size: reduce_scatter_steps(rank, size)[:-1],
+        lambda rank, size: [
+            s._replace(receive=(s.receive + 1) % size)
+            for s in reduce_scatter_steps(rank, size)
+        ],
+        all_gather_steps,  # rank r would hold the finished chunk r + 1
+    ),
+    "all_gather_steps": (
+        lambda rank, size: all_gather_steps(rank, size)[::-1],
+        lambda rank, size: all_gather_steps(rank, size)[:-1],
+        reduce_scatter_steps,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS_FAULTS)
+@pytest.mark.parametrize("which", range(3))
+def test_wrong_steps_are_caught(monkeypatch, name, which):
+    monkeypatch.setattr(_ring, name, STEPS_FAULTS[name][which])
+    inputs = [[1, 2, 3], [10, 20, 30], [100, 200, 300]]
+    assert all_reduce_lists(inputs) != [[111, 222, 333]] * 3
+    with pytest.raises((AssertionError, IndexError)):
+        check_ring(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((1, 4), "ranks must be 2 to 6, got 1"),
+        ((4, 9), "elements must be 1 to 8, got 9"),
+    ],
+)
+def test_bad_input_of_the_trace_is_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        ring_trace(*given)
+
+
+@pytest.mark.parametrize("inputs", [[], [[]], [[1], [1, 2]]])
+def test_lists_of_other_lengths_are_refused(inputs):
+    with pytest.raises(ValueError, match="expected lists of one length"):
+        all_reduce_lists(inputs)

@@ -16,6 +16,9 @@ https://doi.org/10.1145/1498765.1498785
 import math
 from dataclasses import dataclass
 
+from warpmap.chart import Axis, Line, LineChart, Point
+from warpmap.hardware.gpus import GPUS
+
 
 def _check(**arguments: float) -> None:
     for name, value in arguments.items():
@@ -269,12 +272,12 @@ def break_even_batch(
 class LayerBound:
     """What ``layer_roofline`` answers.
 
-    Args:
+    Attributes:
         intensity: FLOPs a byte of this layer at this batch.
         ridge: FLOPs a byte from which the chip is bound by compute.
         microseconds: Lower bound of the time.
-        tflops: Upper bound of the rate, in TFLOP/s.
-        wall: ``"memory"`` or ``"compute"``.
+        tflops: Upper bound of the rate.
+        wall: What sets the pace, memory or compute.
         break_even_batch: Smallest batch bound by compute, if there is one.
     """
 
@@ -314,6 +317,7 @@ def layer_roofline(
         >>> layer.wall, round(layer.microseconds)
         ('memory', 28)
     """
+    _check(**locals())  # the arguments, nothing else yet
     chip = Ceilings(peak_tflops * 1e12, bandwidth_tb_s * 1e12)
     width = out_features, in_features, element_bytes, weight_bytes
     work = gemm(batch, *width)
@@ -328,3 +332,66 @@ def layer_roofline(
             out_features, in_features, chip, element_bytes, weight_bytes
         ),
     )
+
+
+def roofline_chart(
+    batch: int,
+    in_features: int,
+    out_features: int,
+    element_bytes: float,
+    weight_bytes: float,
+    peak_tflops: float,
+    bandwidth_tb_s: float,
+) -> LineChart:
+    """The roof of the chip, and the layer under it at several batches.
+
+    Args:
+        batch: As of ``layer_roofline``, like all that follow.
+        in_features: Width of the input.
+        out_features: Width of the output.
+        element_bytes: Bytes of an activation.
+        weight_bytes: Bytes of a weight.
+        peak_tflops: Dense peak of the format, in TFLOP/s.
+        bandwidth_tb_s: Memory bandwidth, in TB/s.
+
+    Raises:
+        ValueError: If an argument is not positive.
+
+    Examples:
+        >>> chart = roofline_chart(64, 8192, 8192, 2, 2, 989.4, 4.8)
+        >>> [point.name for point in chart.points]
+        ['ridge', '64 tokens']
+    """
+    chip = peak_tflops, bandwidth_tb_s
+    width = in_features, out_features, element_bytes, weight_bytes
+    here = layer_roofline(batch, *width, *chip)
+    ridge = here.ridge
+    first = min(ridge / 1000, here.intensity)
+    last = max(ridge * 30, here.intensity)
+    roof = [(i, min(peak_tflops, i * bandwidth_tb_s)) for i in (first, ridge)]
+    name = "1 token" if batch == 1 else f"{batch:,} tokens"
+    return LineChart(
+        "The layer under the roof of the chip",
+        Axis("FLOPs a byte", log=True),
+        Axis("TFLOP/s", log=True),
+        [Line("roof", [*roof, (last, peak_tflops)])],
+        [
+            Point("ridge", ridge, peak_tflops),
+            Point(name, here.intensity, here.tflops),
+        ],
+    )
+
+
+CHIPS = {
+    name: {"peak_tflops": gpu.bf16_tflops, "bandwidth_tb_s": gpu.bandwidth_tb_s}
+    for name, gpu in GPUS.items()
+    if gpu.bf16_tflops
+}
+"""The calculator's menu of GPUs, in bf16."""
+
+WEIGHTS = {
+    "bf16": {"weight_bytes": 2.0},
+    "fp8": {"weight_bytes": 1.0},
+    "int4": {"weight_bytes": 0.5},
+}
+"""The calculator's menu of formats; the products stay in bf16."""

@@ -14,7 +14,12 @@ Reference: Ainslie et al., 2023, https://arxiv.org/abs/2305.13245
 Reference: DeepSeek-AI, 2024, https://arxiv.org/abs/2405.04434
 """
 
+import math
 from dataclasses import dataclass
+
+from warpmap.chart import Axis, Line, LineChart, Point
+from warpmap.hardware.gpus import GPUS
+from warpmap.models import configs
 
 GIB = 1 << 30
 
@@ -205,3 +210,79 @@ def kv_cache_size(
             memory_gib * GIB, weights_gib * GIB, request
         ),
     )
+
+
+def kv_cache_chart(**arguments: int) -> LineChart:
+    """Requests that fit, over the length of a request.
+
+    Args:
+        arguments: Those of ``kv_cache_size``, all of them.
+
+    Returns:
+        A line for these arguments, one with half the bytes a value, and one
+        without the windows where there are any. Where no request fits, there
+        is a gap.
+
+    Raises:
+        ValueError: As ``kv_cache_size``.
+
+    Examples:
+        >>> chart = kv_cache_chart(tokens=8192, bytes_per_value=2)
+        >>> [line.name for line in chart.lines]
+        ['2 bytes a value', '1 byte a value']
+    """
+    here = kv_cache_size(**arguments)
+    tokens, width = arguments["tokens"], arguments["bytes_per_value"]
+    variants = {_bytes_a_value(width): arguments}
+    if width % 2 == 0:
+        half = {**arguments, "bytes_per_value": width // 2}
+        variants[_bytes_a_value(width // 2)] = half
+    if arguments.get("windowed_layers"):
+        whole = {**arguments, "window": 0, "windowed_layers": 0}
+        variants["without windows"] = whole
+
+    lines = []
+    for name, given in variants.items():
+        points = []
+        for n in sorted({tokens, *(2**n for n in range(8, 21))}):
+            fit = kv_cache_size(**{**given, "tokens": n}).requests
+            points.append((n, fit or math.nan))
+        lines.append(Line(name, points))
+    return LineChart(
+        "Requests that fit, by their length",
+        Axis("tokens of a request", log=True),
+        Axis("requests", log=True),
+        lines,
+        [Point(f"{here.requests:,} here", tokens, here.requests or math.nan)],
+    )
+
+
+def _bytes_a_value(count: int) -> str:
+    return f"{count} byte{'' if count == 1 else 's'} a value"
+
+
+PRESETS = {
+    name: {
+        "layers": model.layers,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim or 128,  # MLA has none, and ignores it
+        "kv_lora_rank": model.kv_lora_rank,
+        "qk_rope_head_dim": model.qk_rope_head_dim if model.kv_lora_rank else 0,
+        "window": model.window,
+        "windowed_layers": model.windowed_layers,
+        "weights_gib": math.ceil(2 * model.published_total / GIB),
+    }
+    for name, model in configs.MODELS.items()
+    if model.published_total
+}
+"""The calculator's menu of models, with their weights in 16 bits."""
+
+MEMORY = {
+    f"{count} x {name}" if count > 1 else name: {
+        "memory_gib": math.floor(count * gpu.memory_gib)
+    }
+    for count in (1, 8)
+    for name, gpu in GPUS.items()
+    if gpu.memory_gib
+}
+"""The calculator's menu of GPUs that hold one replica."""

@@ -12,8 +12,10 @@ Reference: Zheng et al., 2024, https://arxiv.org/abs/2312.07104
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+from warpmap.trace import Cell, Frame, Grid, Mark, Trace, Tree, TreeNode
 
 Token = int | str
 """A token's number, or the token itself where people read along."""
@@ -37,6 +39,8 @@ class RadixCache:
     Args:
         capacity: Slots in the pool; a slot holds the keys and values of one
             token, in all layers.
+        record: Hears of every "match", "split", "insert" and "evict", and at
+            which node; an evicted node is still in the tree then.
 
     Raises:
         ValueError: If ``capacity`` is below 1.
@@ -53,7 +57,11 @@ class RadixCache:
           Bob [4] t2
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        record: Callable[[str, Node], object] | None = None,
+    ) -> None:
         """Start with an empty tree and every slot free."""
         if capacity < 1:
             raise ValueError(f"expected 1 slot or more, got {capacity}")
@@ -61,6 +69,7 @@ class RadixCache:
         self.free = deque(range(capacity))
         self.root = Node()
         self.clock = 0  # counts requests: no wall time, so runs repeat
+        self._record = record or (lambda step, node: None)
 
     def match(self, tokens: Sequence[Token]) -> Node:
         """The node where the longest cached prefix of ``tokens`` ends.
@@ -85,6 +94,7 @@ class RadixCache:
                 node = self._split(node, same)
             node.used = self.clock
             rest = rest[same:]
+        self._record("match", node)
         return node
 
     def _split(self, lower: Node, at: int) -> Node:
@@ -102,6 +112,7 @@ class RadixCache:
         lower.parent.children[lower.tokens[0]] = upper
         lower.tokens, lower.slots = lower.tokens[at:], lower.slots[at:]
         lower.parent = upper
+        self._record("split", upper)
         return upper
 
     def insert(self, tokens: Sequence[Token]) -> tuple[Node, int]:
@@ -142,6 +153,7 @@ class RadixCache:
         slots = [self.free.popleft() for _ in rest]
         leaf = Node(rest, slots, node, used=self.clock)
         node.children[rest[0]] = leaf
+        self._record("insert", leaf)
         return leaf, reused
 
     def evict(self, count: int) -> int:
@@ -171,6 +183,7 @@ class RadixCache:
         while freed < count:
             leaf = min(self._unlocked_leaves(), key=lambda node: node.used)
             assert leaf.parent is not None
+            self._record("evict", leaf)
             del leaf.parent.children[leaf.tokens[0]]
             leaf.parent = None
             self.free.extend(leaf.slots)
@@ -275,6 +288,139 @@ def count_reused(requests: Iterable[Sequence[Token]], capacity: int) -> int:
     """
     cache = RadixCache(capacity)
     return sum(cache.insert(tokens)[1] for tokens in requests)
+
+
+def radix_trace(
+    requests: str = "be brief . who is Ada ?; be brief . who is Bob ?; "
+    "be brief . add 2 2; be brief . who is Bob ? but why",
+    capacity: int = 12,
+    in_flight: int = 2,
+) -> Trace:
+    """Serve requests with a :class:`RadixCache` and keep every step of it.
+
+    A request that finds no room waits until the oldest in flight has finished.
+
+    Args:
+        requests: Words are tokens; a semicolon ends a request.
+        capacity: Slots in the pool, 1 to 48.
+        in_flight: Requests that run at once and lock their path, 1 to 8.
+
+    Returns:
+        The tree after each step, and the pool under it.
+
+    Raises:
+        ValueError: If an argument is out of its range, or a request longer
+            than the pool.
+
+    Examples:
+        >>> for frame in radix_trace("a b; a c", capacity=3, in_flight=1)[-4:]:
+        ...     print(frame.caption)
+        Request 2 parts after "a": the node is split. No token moves.
+        Request 2, "a c": 1 of 2 tokens are cached.
+        "c" is computed, into slot 2.
+        Request 2 runs: its path is locked.
+    """
+    texts = [text.split() for text in requests.split(";") if text.strip()]
+    longest = max(map(len, texts), default=0)
+    if not 1 <= len(texts) <= 16:
+        raise ValueError(f"requests must be 1 to 16, got {len(texts)}")
+    if not 1 <= capacity <= 48:
+        raise ValueError(f"capacity must be 1 to 48, got {capacity}")
+    if longest > capacity:
+        raise ValueError(
+            f"capacity must be {longest} or more, the tokens of the longest "
+            f"request, got {capacity}"
+        )
+    if not 1 <= in_flight <= 8:
+        raise ValueError(f"in_flight must be 1 to 8, got {in_flight}")
+
+    trace: Trace = []
+    keys: dict[Node, str] = {}  # a node keeps its key for good
+    running: deque[tuple[int, Node]] = deque()
+    number, words = 0, texts[0]
+
+    def add(caption: str, *lit: Node, mark: Mark = "on") -> None:
+        trace.append(_frame(cache, caption, keys, dict.fromkeys(lit, mark)))
+
+    def record(step: str, node: Node) -> None:
+        said = f'"{_words(node)}"'
+        if step == "match":
+            add(
+                f'Request {number}, "{" ".join(words)}": '
+                f"{len(cache.slots(node))} of {len(words)} tokens are cached.",
+                *cache._path(node),
+            )
+        elif step == "split":
+            add(
+                f'Request {number} parts after "{node.tokens[-1]}": the node '
+                "is split. No token moves.",
+                *(node, *node.children.values()),
+            )
+        elif step == "insert":
+            add(f"{said} is computed, into {_slots(node)}.", node, mark="new")
+        else:
+            add(
+                f"Too few slots are free. {said} was used least recently of "
+                "all leaves without a lock, and goes.",
+                node,
+                mark="gone",
+            )
+
+    def finish() -> None:
+        done, leaf = running.popleft()
+        cache.unlock(leaf)
+        add(
+            f"Request {done} has finished. Its tokens stay cached, unlocked.",
+            *cache._path(leaf),
+        )
+
+    cache = RadixCache(capacity, record)
+    add(f"The pool has {capacity} free slots, and the tree is empty.")
+    for number, words in enumerate(texts, start=1):
+        if len(running) == in_flight:
+            finish()
+        while True:
+            try:
+                leaf, _ = cache.insert(words)
+                break
+            except ValueError as error:
+                add(f"Request {number} has to wait: {error}.")
+                finish()
+        cache.lock(leaf)
+        running.append((number, leaf))
+        add(
+            f"Request {number} runs: its path is locked.",
+            *cache._path(leaf),
+        )
+    return trace
+
+
+def _frame(
+    cache: RadixCache, said: str, keys: dict[Node, str], lit: dict[Node, Mark]
+) -> Frame:
+    """How things stand: the tree, and the pool under it."""
+    nodes = [TreeNode("root", "root")]
+    pool = [Cell() for _ in range(cache.capacity)]
+    for node in cache._nodes():
+        key = keys.setdefault(node, f"node {len(keys)}")
+        mark = lit.get(node, "")
+        locks = f", {node.locks}\xa0lock{'s' * (node.locks > 1)}"
+        note = _slots(node) + locks * (node.locks > 0)
+        above = keys.get(node.parent or node, "root")
+        nodes.append(TreeNode(key, _words(node), above, mark, note))
+        for token, slot in zip(node.tokens, node.slots, strict=True):
+            pool[slot] = Cell(str(token), mark)
+    columns = [str(slot) for slot in range(cache.capacity)]
+    return Frame(said, Tree(nodes), Grid([("pool", pool)], columns))
+
+
+def _slots(node: Node) -> str:
+    many = "slots" if len(node.slots) > 1 else "slot"
+    return f"{many} {' '.join(map(str, node.slots))}"
+
+
+def _words(node: Node) -> str:
+    return " ".join(map(str, node.tokens))
 
 
 def _common(a: Sequence[Token], b: Sequence[Token]) -> int:

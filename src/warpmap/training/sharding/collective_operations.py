@@ -21,6 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from warpmap.training.sharding._ring import (
+    all_gather_steps,
+    reduce_scatter_steps,
+)
+
 # the types that both Gloo and NCCL can add
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -107,9 +112,9 @@ def ring_reduce_scatter(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     chunks.view(-1)[: x.numel()] = x.detach().reshape(-1)
 
     received = torch.empty_like(chunks[0])
-    for step in range(size - 1):
-        _pass_on(chunks[(rank - 1 - step) % size], received, group)
-        chunks[(rank - 2 - step) % size] += received
+    for send, receive in reduce_scatter_steps(rank, size):
+        _pass_on(chunks[send], received, group)
+        chunks[receive] += received
     return chunks[rank].clone()
 
 
@@ -138,8 +143,7 @@ def ring_all_gather(shard: Tensor, group: ProcessGroup | None = None) -> Tensor:
     shards = shard.new_empty(size, *shard.shape)
     shards[rank] = shard.detach()
 
-    for step in range(size - 1):
-        send, receive = (rank - step) % size, (rank - step - 1) % size
+    for send, receive in all_gather_steps(rank, size):
         _pass_on(shards[send], shards[receive], group)
     return shards
 

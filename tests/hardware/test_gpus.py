@@ -9,6 +9,8 @@ import pytest
 
 from warpmap.hardware.gpus import FORMATS, GIB, GPUS, Gpu, gpu
 
+ROOT = Path(__file__).parents[2]
+
 # SMs, MHz, FMAs an SM and clock, TFLOP/s: A100 and V100 from the
 # A100 white paper; H100 clocks from llm.c's mfu.h, which cites the Hopper
 # white paper; Ada and Blackwell from the appendices of their white papers
@@ -310,3 +312,13 @@ def test_what_is_unknown_stays_unknown():
     assert gpu("H100 SXM").peak_tflops("fp32", sparse=True) == 66.9
     assert gpu("H100 SXM").peak_tflops("fp64") == 66.9
     assert gpu("H800 SXM").peak_tflops("fp64") is None
+
+
+def test_what_was_measured_is_what_the_record_says():
+    file = "docs/records/h200/hardware/performance/gpu_specifications.json"
+    rows = json.loads((ROOT / file).read_text("utf-8"))["rows"]
+    said = {row["property"]: row["device"] for row in rows}
+    assert GPUS["H200 SXM"].measured == {
+        "bf16_tflops": said["bf16 product of 8192 x 8192 in TFLOP/s"],
+        "bandwidth_tb_s": said["copy, read and written, in TB/s"],
+    }

@@ -18,7 +18,7 @@ PYTHON = 60_000  # the runtime starts
 
 
 def player(page):
-    trace = page.locator(".wm-trace")
+    trace = page.locator(".wm-trace").first
     trace.locator(".wm-trace-scrub").wait_for()
     return trace
 
@@ -32,7 +32,8 @@ def step(trace):
 
 
 def wait_for_step(page, number, timeout=SOON):
-    page.locator(f'.wm-trace[data-step="{number}"]').wait_for(timeout=timeout)
+    trace = page.locator(f'.wm-trace[data-step="{number}"]').first
+    trace.wait_for(timeout=timeout)
 
 
 def drawn(trace):
@@ -245,7 +246,7 @@ def test_axe_finds_no_violation(open_page, path, scheme):
 @pytest.mark.parametrize("path", [RADIX, RING])
 def test_steps_can_be_read_without_javascript(open_page, path):
     page = open_page(path, java_script_enabled=False)
-    trace = page.locator(".wm-trace")
+    trace = page.locator(".wm-trace").first
     frames = {RADIX: radix_trace, RING: ring_trace}[path]()
     assert caption(trace) == frames[0].caption
     assert trace.locator("button:visible").count() == 0

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import device
 
-from warpmap.training.sharding import _ring
+from warpmap.training.sharding import _ring, _tree
 from warpmap.training.sharding import collective_operations as ours
 from warpmap.training.sharding._ring import (
     all_gather_steps,
@@ -18,11 +18,11 @@ from warpmap.training.sharding._ring import (
     reduce_scatter_steps,
     ring_trace,
 )
+from warpmap.training.sharding._tree import tree_children
 from warpmap.training.sharding.collective_operations import (
     DTYPES,
     Cost,
     ring_cost,
-    tree_children,
     tree_cost,
 )
 
@@ -454,3 +454,73 @@ def test_bad_input_of_the_trace_is_refused(given, says):
 def test_lists_of_other_lengths_are_refused(inputs):
     with pytest.raises(ValueError, match="expected lists of one length"):
         all_reduce_lists(inputs)
+
+
+def check_tree(size):
+    """Every frame agrees with the one before it; the last is the sum."""
+    trace = _tree.tree_trace(size)
+    assert len(trace) == 1 + tree_cost(1, 1, size).steps
+    held = [10**rank for rank in range(size)]
+    for frame in trace:
+        now, mark = {}, {}
+        for node in frame.picture.nodes:
+            rank, number = re.fullmatch(
+                r"rank (\d+): (\d+)", node.text
+            ).groups()
+            now[int(rank)], mark[int(rank)] = int(number), node.mark
+            assert set(number) <= {"0", "1"}, "a share came in twice"
+        edges = [
+            (int(a), int(b))
+            for a, b in re.findall(r"(\d+) to (\d+)", frame.caption)
+        ]
+        ends = [rank for edge in edges for rank in edge]
+        assert len(ends) == len(set(ends)), "a rank does two things at once"
+        for source, target in edges:
+            assert abs(source - target).bit_count() == 1
+            up = "up" in frame.caption
+            held[target] = held[source] + (held[target] if up else 0)
+            assert (mark[source], mark[target]) == ("on", "new")
+        assert now == dict(enumerate(held))
+    assert held == [sum(10**rank for rank in range(size))] * size
+
+
+@pytest.mark.parametrize("size", range(2, 10))
+def test_tree_trace_sends_along_the_edges_and_ends_in_the_sum(size):
+    check_tree(size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_tree_on_numbers_is_the_tree_on_tensors(ranks, size):
+    inputs = [[3 * rank + 1] for rank in range(size)]
+    heard = []
+    numbers = [n for (n,) in inputs]
+    sums = _tree.all_reduce_numbers(numbers, lambda *what: heard.append(what))
+    assert sums == _tree.all_reduce_numbers(numbers)
+    assert [[n] for n in sums] == ranks(size).run(tree_reduce_lists, inputs)
+    assert len(heard) == tree_cost(1, 1, size).steps
+
+
+def tree_reduce_lists(inputs):
+    mine = torch.tensor(inputs[dist.get_rank()], device=device())
+    return ours.tree_all_reduce(mine).tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda rank, size: tree_children(rank, size)[:-1],
+        lambda rank, size: tree_children(rank, size)[::-1],
+        lambda rank, size: list(range(1, size)) if rank == 0 else [],
+    ],
+    ids=["one child is forgotten", "farthest first", "a star"],
+)
+def test_wrong_tree_is_caught(monkeypatch, wrong):
+    monkeypatch.setattr(_tree, "tree_children", wrong)
+    with pytest.raises((AssertionError, IndexError, KeyError)):
+        check_tree(7)
+
+
+@pytest.mark.parametrize("wrong", [1, 10])
+def test_bad_size_of_the_tree_trace_is_refused(wrong):
+    with pytest.raises(ValueError, match="ranks must be 2 to 9"):
+        _tree.tree_trace(wrong)

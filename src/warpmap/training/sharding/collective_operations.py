@@ -25,6 +25,7 @@ from warpmap.training.sharding._ring import (
     all_gather_steps,
     reduce_scatter_steps,
 )
+from warpmap.training.sharding._tree import tree_children
 
 # the types that both Gloo and NCCL can add
 DTYPES = (
@@ -173,25 +174,6 @@ def ring_all_reduce(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         return torch.empty_like(x)
     chunks = ring_all_gather(ring_reduce_scatter(x, group), group)
     return chunks.view(-1)[: x.numel()].view(x.shape)
-
-
-def tree_children(rank: int, world_size: int) -> list[int]:
-    """The ranks that report to this one; the nearest first.
-
-    A rank's parent is its number with the lowest set bit cleared, so that
-    rank 6, binary 110, reports to rank 4, binary 100. Rank 0 is the root.
-
-    Examples:
-        >>> [tree_children(rank, world_size=6) for rank in range(6)]
-        [[1, 2, 4], [], [3], [], [5], []]
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"expected a rank below {world_size}, got {rank}")
-    lowest_bit = rank & -rank or world_size
-    distances = [1 << k for k in range(world_size.bit_length())]
-    return [
-        rank + d for d in distances if d < lowest_bit and rank + d < world_size
-    ]
 
 
 def tree_all_reduce(x: Tensor, group: ProcessGroup | None = None) -> Tensor:

@@ -117,12 +117,10 @@ def make_bundle(root: Path) -> None:
     Raises:
         ServingError: If that fails.
     """
-    theme = Path(__file__).parent / "theme"
-    if (theme / "assets/bundle/main.js").is_file():
+    theme, build = Path(__file__).parent / "theme", root / "web/build.py"
+    if (theme / "assets/bundle/main.js").is_file() or not build.is_file():
         return
-    done = subprocess.run(
-        [sys.executable, str(root / "web/build.py")], check=False
-    )
+    done = subprocess.run([sys.executable, str(build)], check=False)
     if done.returncode:
         raise ServingError("the site's script could not be made, see above")
 

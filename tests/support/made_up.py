@@ -4,6 +4,7 @@ Titles, sections and prerequisites look like real ones; nothing in them is.
 """
 
 import random
+import re
 from pathlib import Path
 
 from warpmap_site.sources import AREAS, Files
@@ -192,6 +193,9 @@ def write_repository(root, topics):
     config = config.replace(
         f"custom_dir: {theme}", f"custom_dir: {ROOT / theme}"
     )
+    # there are no labs here, and importing that plugin takes seconds
+    config = re.sub(r"  - mkdocs-jupyter:\n(?:      .*\n)+", "", config)
+    assert "jupyter" not in config
     (root / "mkdocs.yml").write_text(config, "utf-8")
 
 

@@ -450,9 +450,9 @@ def test_menus_fill_only_their_fields():
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"gpus": 1}, "gpus_per_server must be from 1 to 1, got 8"),
+        ({"gpus": 4}, "gpus_per_server must be from 1 to 4, got 8"),
         ({"gpus": 65537}, "gpus must be from 2 to 65536, got 65537"),
-        ({"gpus": 1, "gpus_per_server": 1}, "gpus must be from 2"),
+        ({"gpus": 1}, "gpus must be from 2"),
         ({"radix": 63}, "radix must be even and at least 4, got 63"),
         ({"radix": 2}, "radix must be even and at least 4, got 2"),
         ({"oversubscription": 0.5}, "oversubscription must be from 1 to 63"),

@@ -226,11 +226,11 @@ def clusters(
     for name in ("restart_minutes", "interval_minutes"):
         if not 0 <= given[name] < math.inf:
             raise ValueError(f"{name} must not be below 0, got {given[name]}")
+    fabric = fat_tree(gpus, radix, oversubscription)  # checks these three
     if not 1 <= gpus_per_server <= gpus:
         raise ValueError(
             f"gpus_per_server must be from 1 to {gpus}, got {gpus_per_server}"
         )
-    fabric = fat_tree(gpus, radix, oversubscription)
 
     mtbf = mtbf_days * 1440 / gpus  # minutes
     checkpoint = checkpoint_seconds / 60

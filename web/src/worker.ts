@@ -108,6 +108,7 @@ async function start(where: Start): Promise<Pyodide> {
   const booted = async (): Promise<Pyodide> => {
     const entry = imported<Entry>(file("pyodide.mjs"));
     const core = imported<{ default: unknown }>(file("pyodide.asm.mjs"));
+    core.catch(() => {}); // where the entry fails first, nobody awaits it
     const python = await (await entry).loadPyodide({
       indexURL: where.pyodide,
       createPyodideModule: (await core).default,

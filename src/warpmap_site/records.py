@@ -239,9 +239,11 @@ def table(record: Record, columns: dict[str, str], **only: str) -> str:
         f"<tr>{cells('td', {k: number(row.get(k, '')) for k in columns})}</tr>"
         for row in rows
     )
+    # with a class Material does not wrap it in another box that scrolls
     return (
         '<div class="wm-record-table" tabindex=0 role="group" '
-        f'aria-label="Measured"><table><thead><tr>{cells("th", columns)}</tr>'
+        f'aria-label="Measured"><table class="wm-rows"><thead><tr>'
+        f"{cells('th', columns)}</tr>"
         f"</thead><tbody>{body}</tbody></table></div>"
     )
 

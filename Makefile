@@ -14,7 +14,7 @@ TEST := .venv/test/bin
 export NO_MKDOCS_2_WARNING := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help serve test check lint types site browser wheel gpu bench labs bundle clean
+.PHONY: help serve test check lint types site browser wheel gpu bench sanitize labs bundle clean
 .NOTPARALLEL:
 
 help: ## say what there is to make
@@ -28,7 +28,8 @@ serve: .venv/site/ready bundle ## serve the site on http://127.0.0.1:8000
 	        "make serve ADDRESS=127.0.0.1:8001" >&2; exit 1; }
 
 test: .venv/test/ready ## run every test that needs no browser
-	$(TEST)/python -m pytest src tests --report docs/records/cpu/tests.json
+	$(TEST)/python -m pytest src tests -n 2 --dist worksteal \
+	    --report docs/records/cpu/tests.json
 
 # with what the machine has: nothing is installed
 gpu: ## run the tests on the machine's own PyTorch and GPU; GPUS=4 for four
@@ -37,6 +38,14 @@ gpu: ## run the tests on the machine's own PyTorch and GPU; GPUS=4 for four
 
 bench: ## measure the topics on the machine's own PyTorch and GPU
 	PYTHONPATH=src $(GPU_PYTHON) -m warpmap_site.cli bench $(TOPICS)
+
+# memory of every tensor on its own, so that an access past its end is seen
+sanitize: ## run every kernel's small case under compute-sanitizer
+	for tool in memcheck racecheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+	        --error-exitcode 1 $(GPU_PYTHON) -m pytest -m sanitize --gpu 1 \
+	        tests/kernels tests/hardware || exit 1; \
+	done
 
 labs: .venv/test/ready ## run the notebooks of docs/labs and store their outputs
 	PYTHONPATH=src $(TEST)/python -m warpmap_site.labs

@@ -5,6 +5,7 @@ out. ``--report FILE`` writes what passed, for the pages to show.
 """
 
 import random
+import shutil
 import sys
 
 import pytest
@@ -29,16 +30,15 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"--gpu {promised} was promised, but PyTorch sees {gpu_count()}"
         )
-    if path := config.getoption("--report"):
+    path = config.getoption("--report")
+    if path and not hasattr(config, "workerinput"):  # of pytest-xdist
         config.pluginmanager.register(Report(path))
 
 
 def pytest_collection_modifyitems(config, items):
     needs = {"gpu": 1, "multi_gpu": 2}
     marked = [i for i in items if any(i.get_closest_marker(m) for m in needs)]
-    if not marked:
-        return
-    seen = gpu_count()
+    seen = gpu_count() if marked else 0
     left_out = [
         item
         for item in marked
@@ -46,6 +46,8 @@ def pytest_collection_modifyitems(config, items):
             seen < n and item.get_closest_marker(m) for m, n in needs.items()
         )
     ]
+    if not shutil.which("nvcc"):
+        left_out += [i for i in items if i.get_closest_marker("nvcc")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 

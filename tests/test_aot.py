@@ -1,7 +1,7 @@
 """Kernels compile for Hopper here, and what came out is read right."""
 
 import pytest
-from aot import compile_sm90a
+from aot import compile_cuda, compile_sm90a
 
 
 def hoard(block, num_warps, x="*fp32:16", n="i32:16"):
@@ -59,3 +59,46 @@ def test_errors_reach_the_caller_and_the_worker_goes_on(
     with pytest.raises(RuntimeError, match=message):
         compile_sm90a(kernel, signature, constexprs)
     assert hoard(4096, 4).spills == 0
+
+
+CUDA = """
+#include <cuda_fp16.h>
+
+__device__ float twice(float x) {
+  return 2 * x;
+}
+
+extern "C" __global__ void doubled(const float4* x, float4* y) {
+  float4 v = x[threadIdx.x];
+  y[threadIdx.x] = {twice(v.x), twice(v.y), twice(v.z), twice(v.w)};
+}
+
+extern "C" __global__ void reverse(const __half* x, __half* y) {
+  __shared__ __half s[256];
+  s[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = s[255 - threadIdx.x];
+}
+"""
+
+
+@pytest.mark.nvcc
+def test_kernels_of_a_cuda_file_are_told_apart(tmp_path):
+    file = tmp_path / "kernels.cu"
+    file.write_text(CUDA)
+    kernels = compile_cuda(file)
+    assert set(kernels) == {"doubled", "reverse"}
+    assert kernels["doubled"].opcodes["LDG.E.128"] == 1
+    assert "BAR.SYNC.DEFER_BLOCKING" not in kernels["doubled"].opcodes
+    assert kernels["reverse"].opcodes["BAR.SYNC.DEFER_BLOCKING"] == 1
+    assert kernels["reverse"].shared >= 512
+    assert all(k.spills == k.stack == 0 for k in kernels.values())
+    assert 0 < kernels["reverse"].registers < 32
+
+
+@pytest.mark.nvcc
+def test_cuda_that_does_not_compile_says_why(tmp_path):
+    file = tmp_path / "kernels.cu"
+    file.write_text(CUDA.replace("256", "oops"))
+    with pytest.raises(RuntimeError, match='identifier "oops" is undefined'):
+        compile_cuda(file)

@@ -113,7 +113,7 @@ def table(chart: Chart) -> list[list[str]]:
 # -- SVG -----------------------------------------------------------------------
 
 
-def _tag(name: str, content: str = "", **attributes: object) -> str:
+def tag(name: str, content: str = "", **attributes: object) -> str:
     """An element; ``font_size`` becomes ``font-size``, ``class_`` ``class``."""
     written = ""
     for key, value in attributes.items():
@@ -130,12 +130,14 @@ def _round(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def _word(text: str, x: float, y: float, **attributes: object) -> str:
+def word(text: str, x: float, y: float, **attributes: object) -> str:
+    """A text that begins at ``x``, its baseline at ``y``."""
     shown = {"fill": MUTED, **attributes}
-    return _tag("text", html.escape(text), x=float(x), y=float(y), **shown)
+    return tag("text", html.escape(text), x=float(x), y=float(y), **shown)
 
 
-def _drawing(title: str, height: float, *parts: str) -> str:
+def drawing(title: str, height: float, *parts: str) -> str:
+    """A drawing ``WIDTH`` wide, with a title for those who cannot see it."""
     return (
         f'<svg class="wm-plot" xmlns="http://www.w3.org/2000/svg" role="img" '
         f'viewBox="0 0 {WIDTH} {_round(height)}" font-family="inherit" '
@@ -161,11 +163,11 @@ def text_width(text: str) -> float:
 def wrap(text: str, width: float) -> list[str]:
     """A text in rows at most so wide, where its words allow it."""
     rows: list[str] = []
-    for word in text.split():
-        if rows and text_width(f"{rows[-1]} {word}") <= width:
-            rows[-1] += f" {word}"
+    for part in text.split():
+        if rows and text_width(f"{rows[-1]} {part}") <= width:
+            rows[-1] += f" {part}"
         else:
-            rows.append(word)
+            rows.append(part)
     return rows
 
 
@@ -173,7 +175,7 @@ def _title(title: str) -> tuple[str, float]:
     """The visible title, and where it ends."""
     rows = wrap(title, WIDTH)
     words = "".join(
-        _word(row, 0, ROW * (i + 1) - 4, fill=INK, font_weight=600)
+        word(row, 0, ROW * (i + 1) - 4, fill=INK, font_weight=600)
         for i, row in enumerate(rows)
     )
     return words, ROW * len(rows)
@@ -260,8 +262,8 @@ def _lines(chart: LineChart) -> str:
 
     parts = [
         title,
-        _word(chart.y.label, 0, top - 14, class_="wm-plot-axis"),
-        _word(
+        word(chart.y.label, 0, top - 14, class_="wm-plot-axis"),
+        word(
             chart.x.label,
             x.end,
             height - 6,
@@ -272,13 +274,13 @@ def _lines(chart: LineChart) -> str:
     ]
     if not every:
         middle = (x.start + x.end) / 2, (y.start + y.end) / 2
-        parts.append(_word("no data", *middle, text_anchor="middle"))
-        return _drawing(chart.title, height, *parts)
+        parts.append(word("no data", *middle, text_anchor="middle"))
+        return drawing(chart.title, height, *parts)
 
     for i, line in enumerate(chart.lines):
         colour, dash = LINES[i % len(LINES)]
         parts.append(
-            _tag(
+            tag(
                 "path",
                 class_="wm-plot-line",
                 d=_path(line.points, x, y),
@@ -299,7 +301,7 @@ def _lines(chart: LineChart) -> str:
         to_x = x.end + GAP
         if abs(place - from_y) > 4 or x.end - from_x > 4:
             parts.append(
-                _tag(
+                tag(
                     "path",
                     d=f"M{_round(from_x)} {_round(from_y)}"
                     f"L{_round(to_x)} {_round(place)}",
@@ -310,7 +312,7 @@ def _lines(chart: LineChart) -> str:
             )
         first = place - ROW * (len(rows) - 1) / 2 + TEXT * 0.35
         parts += [
-            _word(
+            word(
                 row,
                 to_x + 3,
                 first + ROW * n,
@@ -321,7 +323,7 @@ def _lines(chart: LineChart) -> str:
             for n, row in enumerate(rows)
         ]
     parts += _marks(chart, marked, x, y)
-    return _drawing(chart.title, height, *parts)
+    return drawing(chart.title, height, *parts)
 
 
 def _grid(x: Scale, y: Scale) -> str:
@@ -330,7 +332,7 @@ def _grid(x: Scale, y: Scale) -> str:
         at = y(tick)
         rules.append(f"M{_round(x.start)} {_round(at)}H{_round(x.end)}")
         words.append(
-            _word(
+            word(
                 short(tick),
                 x.start - GAP + 1,
                 at + TEXT * 0.35,
@@ -348,7 +350,7 @@ def _grid(x: Scale, y: Scale) -> str:
             continue  # would touch the one before
         taken = middle + half + GAP
         words.append(
-            _word(
+            word(
                 short(tick),
                 middle,
                 y.start + ROW + 3,
@@ -358,8 +360,8 @@ def _grid(x: Scale, y: Scale) -> str:
         )
     base = f"M{_round(x.start)} {_round(y.start)}H{_round(x.end)}"
     return (
-        _tag("path", class_="wm-plot-grid", d="".join(rules), stroke=LINE)
-        + _tag("path", d=base, stroke=MUTED)
+        tag("path", class_="wm-plot-grid", d="".join(rules), stroke=LINE)
+        + tag("path", d=base, stroke=MUTED)
         + "".join(words)
     )
 
@@ -407,7 +409,7 @@ def _marks(
     circles, names = [], []
     for point, (at_x, at_y) in zip(marked, dots, strict=True):
         circles.append(
-            _tag(
+            tag(
                 "circle",
                 class_="wm-plot-point",
                 cx=at_x,
@@ -445,7 +447,7 @@ def _marks(
         start = min(max(box[0], 0.0), WIDTH - wide)
         taken.append(box)
         names.append(
-            _word(
+            word(
                 point.name,
                 start,
                 (box[1] + box[3]) / 2 + TEXT * 0.35,
@@ -479,7 +481,7 @@ def _bars(chart: BarChart) -> str:
     title, top = _title(chart.title)
     parts = [title]
     for row in wrap(chart.x.label, WIDTH):
-        parts.append(_word(row, 0, top + ROW - 4, class_="wm-plot-axis"))
+        parts.append(word(row, 0, top + ROW - 4, class_="wm-plot-axis"))
         top += ROW
     legend, top = _legend(chart, top)
     parts += legend
@@ -488,8 +490,8 @@ def _bars(chart: BarChart) -> str:
         for bar in chart.bars
     ]
     if not totals:
-        parts.append(_word("no data", 0, top + ROW))
-        return _drawing(chart.title, top + 2 * ROW, *parts)
+        parts.append(word("no data", 0, top + ROW))
+        return drawing(chart.title, top + 2 * ROW, *parts)
     known = [
         not bar.parts or any(math.isfinite(v) for _, v in bar.parts)
         for bar in chart.bars
@@ -505,15 +507,13 @@ def _bars(chart: BarChart) -> str:
         top += 10
         for row in wrap(bar.name, WIDTH):
             top += ROW
-            parts.append(
-                _word(row, 0, top - 4, fill=INK, class_="wm-plot-name")
-            )
+            parts.append(word(row, 0, top - 4, fill=INK, class_="wm-plot-name"))
         start = 0.0
         for name, value in bar.parts:
             if math.isfinite(value) and value > 0:
                 end = start + scale(value)
                 parts.append(
-                    _tag(
+                    tag(
                         "rect",
                         class_="wm-plot-bar-part",
                         x=start,
@@ -528,7 +528,7 @@ def _bars(chart: BarChart) -> str:
                 )
                 start = end
         parts.append(
-            _word(
+            word(
                 text,
                 scale(total) + GAP - 2,
                 top + 10 + TEXT * 0.35,
@@ -541,8 +541,8 @@ def _bars(chart: BarChart) -> str:
     foot = top + 4
     first = foot - sum(30 + ROW * len(wrap(b.name, WIDTH)) for b in chart.bars)
     rule = f"M0 {_round(first + 4)}V{_round(foot)}"
-    parts.append(_tag("path", d=rule, stroke=LINE))
-    return _drawing(chart.title, foot + 2, *parts)
+    parts.append(tag("path", d=rule, stroke=LINE))
+    return drawing(chart.title, foot + 2, *parts)
 
 
 def _part_names(chart: BarChart) -> list[str]:
@@ -560,7 +560,7 @@ def _legend(chart: BarChart, top: float) -> tuple[list[str], float]:
         if at and at + wide > WIDTH:
             at, top = 0.0, top + ROW + 2
         drawn.append(
-            _tag(
+            tag(
                 "rect",
                 x=at,
                 y=top + 3.0,
@@ -571,7 +571,7 @@ def _legend(chart: BarChart, top: float) -> tuple[list[str], float]:
             )
         )
         drawn.append(
-            _word(name, at + 20, top + TEXT, class_="wm-plot-legend", fill=INK)
+            word(name, at + 20, top + TEXT, class_="wm-plot-legend", fill=INK)
         )
         at += wide
     return drawn, top + ROW

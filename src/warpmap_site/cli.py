@@ -214,9 +214,12 @@ def bench(
     list_only: Annotated[
         bool, typer.Option("--list", help="Only say what can be measured.")
     ] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Few rounds, for a look: nothing is recorded.")
+    ] = False,
 ) -> None:
     """Measure topics on this machine's GPU and write their records."""
-    from warpmap_site.records import machine, measure
+    from warpmap_site.records import machine, measure, run_benchmark
 
     root = the_root()
     known = [
@@ -238,16 +241,20 @@ def bench(
     failed = []
     for i, path in enumerate(chosen, start=1):
         started = time.monotonic()
-        typer.echo(f"[{i}/{len(chosen)}] {path} ... ", nl=False)
+        typer.echo(f"[{i}/{len(chosen)}] {path}")
         try:
-            file = measure(root, path)
+            if quick:
+                run_benchmark(root, path, quick=True)
+                written = "nothing recorded"
+            else:
+                written = measure(root, path).relative_to(root).as_posix()
         except Exception as error:  # the next one is measured all the same
             traceback.print_exc()
             typer.echo(f"nothing recorded: {error}")
             failed.append(path)
         else:
             seconds = time.monotonic() - started
-            typer.echo(f"{file.relative_to(root)}, {seconds:.0f} s")
+            typer.echo(f"{written}, {seconds:.0f} s")
     if failed:
         fail(f"{len(failed)} failed: {', '.join(failed)}", 1)
 

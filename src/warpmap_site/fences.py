@@ -1,4 +1,4 @@
-"""Three Markdown fences: code by symbol, a snippet as a cell, a figure.
+"""The Markdown fences: code by symbol, a snippet as a cell, a figure, ...
 
 Each is an ordinary function from a fence's text to HTML. A name that does not
 exist raises, which ends the build.
@@ -12,12 +12,13 @@ from typing import Any
 
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
+from pygments.lexers import CudaLexer, PythonLexer
 from pymdownx.superfences import SuperFencesException
 
 from warpmap_site import cells
 from warpmap_site.atlas import Topic
 from warpmap_site.calculators import calculator_html
+from warpmap_site.comparisons import scoreboard_html
 from warpmap_site.records import record_html
 from warpmap_site.sources import find_symbol, split_snippet, topic_of
 from warpmap_site.traces import trace_html
@@ -57,6 +58,7 @@ class Fences:
                 ("record", self.record),
                 ("calculator", calculator_html),
                 ("trace", trace_html),
+                ("scoreboard", self.scoreboard),
             )
         ]
 
@@ -82,20 +84,21 @@ class Fences:
         file = symbols[0].file.relative_to(self.root).as_posix()
         code = "\n\n\n".join(symbol.code for symbol in symbols)
         name = names.splitlines()[0].strip()
+        cuda = file.endswith(".cu")
         path = file.removeprefix("src/warpmap/").removesuffix(".py")
         link = f"../../../reference/{path}/"  # a topic's page is three deep
         if "._" not in name:  # the reference shows what is public
             link += f"#{name}"
         first = min(symbol.first_line for symbol in symbols)
         last = max(symbol.last_line for symbol in symbols)
-        if "/_" in path:  # a private module has no reference page
+        if "/_" in path or cuda:  # these have no reference page
             link = ""
         if self.source_url:
             link = f"{self.source_url}/{file}#L{first}-L{last}"
         return self._panel(
             file,
             link,
-            python(code),
+            highlight(code, CudaLexer(), _FORMAT) if cuda else python(code),
             f"{file}, lines {first} to {last}",
         )
 
@@ -129,6 +132,11 @@ class Fences:
     def record(self, text: str) -> str:
         """Measured numbers as a table, perhaps with a chart."""
         return record_html(self.root, text)
+
+    def scoreboard(self, _: str) -> str:
+        """Every kernel that was compared, in its worst case."""
+        titles = {path: topic.title for path, topic in self.topics.items()}
+        return scoreboard_html(self.root, titles)
 
     def _panel(
         self,

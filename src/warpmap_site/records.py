@@ -1,15 +1,18 @@
 """Measured numbers: made by a topic's benchmark, shown by a fence.
 
-A topic that was measured has ``benchmarks/<topic>.py`` with a function
-``rows()``. What it returns is written with the machine, the versions, the
-commit and a hash of the code to ``docs/records/<machine>/<topic>.json``.
+A topic that was measured has ``benchmarks/<topic>.py`` with ``cases()``, which
+``warpmap_site.harness`` compares, or ``rows()``, which measures by itself.
+What is found is written with the machine, the versions, the commit and a hash
+of the code to ``docs/records/<machine>/<topic>.json``.
 
 Only the standard library: the machines that measure use this too.
 """
 
 import datetime
+import hashlib
 import html
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,7 +26,17 @@ from typing import Any
 
 from warpmap.chart import Axis, Line, LineChart
 from warpmap_site.charts import number, svg
+from warpmap_site.comparisons import comparison_html
 from warpmap_site.sources import Files
+
+PEERS = (
+    "quack-kernels",
+    "liger-kernel",
+    "flash-linear-attention",
+    "flash-attn-4",
+    "flashinfer-python",
+    "cut-cross-entropy",
+)
 
 
 def commit(root: Path) -> str:
@@ -74,18 +87,41 @@ def machine() -> dict[str, str]:
         pass
     if gpus:
         about["cuda"] = torch.version.cuda or "none"
-        driver = subprocess.run(
-            [
-                "nvidia-smi",
-                "--query-gpu=driver_version",
-                "--format=csv,noheader",
-            ],
+        about["driver"] = _ask_driver("driver_version")
+        about["power_limit"] = _ask_driver("power.limit")
+        identity = _ask_driver("uuid").encode()  # tells cards apart
+        about["card"] = hashlib.sha256(identity).hexdigest()[:8]
+    return about
+
+
+def _ask_driver(what: str) -> str:
+    """What ``nvidia-smi`` says of the first GPU; "unknown" without it."""
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             check=False,
         )
-        about["driver"] = (driver.stdout.splitlines() or ["unknown"])[0]
-    return about
+    except FileNotFoundError:
+        return "unknown"
+    return (said.stdout.splitlines() or ["unknown"])[0].strip()
+
+
+def _clocks() -> str:
+    """The multiprocessors' clock and what the card draws, now."""
+    return _ask_driver("clocks.sm,power.draw")
+
+
+def peers() -> dict[str, str]:
+    """What kernels are compared with, and which version is installed."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def now() -> str:
@@ -109,7 +145,35 @@ def folder_of(gpu: str) -> str:
 
 def digest(root: Path, topic: str) -> str:
     """A short hash of what a measurement rests on: module and benchmark."""
-    return Files(root, topic).digest("module", "benchmark")
+    return Files(root, topic).digest("module", "cuda", "benchmark")
+
+
+def run_benchmark(root: Path, topic: str, quick: bool) -> list[dict[str, Any]]:
+    """The rows that a topic's benchmark finds on this machine.
+
+    Args:
+        root: The repository.
+        topic: ``<area>/<section>/<topic>``.
+        quick: Whether fewer rounds do, where implementations are compared.
+
+    Raises:
+        LookupError: If the topic has no benchmark.
+        RuntimeError: If PyTorch sees no GPU, or a result is wrong.
+    """
+    file = Files(root, topic).benchmark
+    if not file.exists():
+        raise LookupError(f"{topic} has no benchmark: no {file}")
+    if not machine()["gpu"]:
+        raise RuntimeError("a benchmark needs an NVIDIA GPU; none is seen")
+    if str(root) not in sys.path:  # its processes must import it too
+        sys.path.insert(0, str(root))
+    module = importlib.import_module(f"benchmarks.{topic.replace('/', '.')}")
+    if not hasattr(module, "cases"):
+        rows: list[dict[str, Any]] = module.rows()
+        return rows
+    from warpmap_site.harness import ROUNDS, compare
+
+    return compare(module.cases(), rounds=7 if quick else ROUNDS)
 
 
 def measure(root: Path, topic: str) -> Path:
@@ -127,21 +191,18 @@ def measure(root: Path, topic: str) -> Path:
         RuntimeError: If PyTorch sees no GPU. Nothing is written then, nor when
             the benchmark raises.
     """
-    file = Files(root, topic).benchmark
-    if not file.exists():
-        raise LookupError(f"{topic} has no benchmark: no {file}")
+    date, before = now(), _clocks()
+    rows = run_benchmark(root, topic, quick=False)
     about = machine()
-    if not about["gpu"]:
-        raise RuntimeError("a benchmark needs an NVIDIA GPU; none is seen")
-    sys.path.insert(0, str(root))  # so that its processes can import it too
-    module = importlib.import_module(f"benchmarks.{topic.replace('/', '.')}")
     record = {
-        "date": now(),
+        "date": date,
         "commit": commit(root),
         "command": f"warpmap bench {topic}",
         "digest": digest(root, topic),
         "machine": about,
-        "rows": module.rows(),
+        "clocks": {"before": before, "after": _clocks()},
+        "peers": peers(),
+        "rows": rows,
     }
     where = root / "docs/records" / folder_of(about["gpu"]) / f"{topic}.json"
     where.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +361,9 @@ def record_html(root: Path, text: str) -> str:
     Args:
         root: The repository.
         text: The record's name, perhaps with ``key=value`` that chooses rows;
-            lines ``table: key = Heading, ...`` and ``chart: ...``; a caption.
+            lines ``table: key = Heading, ...`` and ``chart: ...``, or
+            ``compare: key = Heading`` for what the harness compared; a
+            caption.
 
     Raises:
         LookupError: If the record, a key or a row does not exist.
@@ -316,6 +379,9 @@ def record_html(root: Path, text: str) -> str:
             shown += table(record, _pairs(value), **only)
         elif key == "chart":
             shown += svg(chart(record, value, **only))
+        elif key == "compare":
+            ((column, heading),) = _pairs(value).items()
+            shown += comparison_html(_chosen(record, only), column, heading)
         else:
             caption.append(line)
     stale = (

@@ -20,7 +20,7 @@ class Pass:
 
 def passed_digest(root: Path, topic: str) -> str:
     """A short hash of what a topic's tests rest on."""
-    return Files(root, topic).digest("module", "snippet", "test")
+    return Files(root, topic).digest("module", "cuda", "snippet", "test")
 
 
 def last_passes(root: Path, topic: str) -> list[Pass]:

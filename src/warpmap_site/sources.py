@@ -36,6 +36,11 @@ class Files:
         return self.root / "src/warpmap" / f"{self.path}.py"
 
     @property
+    def cuda(self) -> Path:
+        """CUDA C++ beside the module; few topics have it."""
+        return self.module.with_suffix(".cu")
+
+    @property
     def snippet(self) -> Path:
         """The program that a reader runs."""
         return self.root / "snippets" / f"{self.path}.py"
@@ -127,7 +132,8 @@ def find_symbol(root: Path, name: str) -> Symbol:
     Args:
         root: The repository.
         name: Dotted name of a function, a class, a method or a variable, for
-            example ``warpmap.kernels.fused.rope.rope``.
+            example ``warpmap.kernels.fused.rope.rope``; or, for CUDA C++
+            beside a module, ``warpmap.kernels.data_movement.reduce.cu:sum``.
 
     Returns:
         Its lines; a method's without the indent.
@@ -135,6 +141,8 @@ def find_symbol(root: Path, name: str) -> Symbol:
     Raises:
         LookupError: If no module or no symbol of that name exists.
     """
+    if ".cu:" in name:
+        return _find_cuda(root, name)
     parts = name.split(".")
     for at in range(len(parts) - 1, 0, -1):
         file = root.joinpath("src", *parts[:at]).with_suffix(".py")
@@ -157,6 +165,39 @@ def find_symbol(root: Path, name: str) -> Symbol:
         first = min(first, decorator.lineno)
     code = textwrap.dedent(_brief(text, found, first, last))
     return Symbol(file, first, last, code)
+
+
+# return type, perhaps launch bounds, the name, parameters, an opening brace
+_CUDA_FUNCTION = (
+    r'^[\w"][\w"\s*&<>:]*?\s(?:__launch_bounds__\([^)]*\)\s*)?'
+    r"(\w+)\([^;{}]*\)\s*\{$"
+)
+
+
+def _find_cuda(root: Path, name: str) -> Symbol:
+    """A function of a ``.cu`` file, with the comment above it.
+
+    A file is read as it is formatted: a function begins in the first column,
+    and so does its closing brace.
+    """
+    module, _, symbol = name.partition(".cu:")
+    file = root.joinpath("src", *module.split(".")).with_suffix(".cu")
+    if not file.is_file():
+        raise LookupError(f"{name}: there is no such file in src")
+    text = file.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    begins = {
+        match[1]: text.count("\n", 0, match.start())
+        for match in re.finditer(_CUDA_FUNCTION, text, re.MULTILINE)
+    }
+    if symbol not in begins:
+        raise LookupError(f"{name}: the file defines {', '.join(begins)}")
+    first = begins[symbol]
+    last = next(n for n in range(first, len(lines)) if lines[n] == "}")
+    while first and lines[first - 1].startswith(("//", "template")):
+        first -= 1
+    code = "\n".join(lines[first : last + 1])
+    return Symbol(file, first + 1, last + 1, code)
 
 
 def _names(node: ast.stmt) -> list[str]:

@@ -60,6 +60,53 @@ def test_method_is_shown_without_its_indent(repository):
         find_symbol(repository, "nowhere.f")
 
 
+CUDA = """#include <cuda_fp16.h>
+
+// Doubles a number.
+__device__ float twice(float x) {
+  return 2 * x;
+}
+
+// Copies,
+// a number a thread.
+extern "C" __global__ void copy(
+    const float* x, float* y, long long n) {
+  for (long long i = threadIdx.x; i < n; i += blockDim.x) {
+    y[i] = twice(x[i]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    bounded(float* y) {
+  y[0] = twice(1);
+}
+"""
+
+
+def test_cuda_beside_a_module_is_shown_with_its_comment(repository):
+    cuda = Files(repository, PATH).cuda
+    cuda.write_text(CUDA)
+    symbol = find_symbol(repository, f"{DOTTED}.cu:copy")
+    assert (symbol.first_line, symbol.last_line) == (8, 15)
+    assert symbol.code.startswith("// Copies,\n// a number a thread.\nextern")
+    assert symbol.code.endswith("  }\n}")
+    bounded = find_symbol(repository, f"{DOTTED}.cu:bounded")
+    assert bounded.code.count("\n") == 3
+    shown = Fences(repository).source(f"{DOTTED}.cu:twice")
+    assert f"src/warpmap/{PATH}.cu, lines 3 to 6" in shown
+    assert "href" not in shown  # the reference does not have it
+    with pytest.raises(LookupError, match="defines twice, copy, bounded"):
+        find_symbol(repository, f"{DOTTED}.cu:other")
+    with pytest.raises(LookupError, match="no such file"):
+        find_symbol(repository, "warpmap.nowhere.cu:copy")
+
+
+def test_results_turn_stale_when_the_cuda_changes(repository):
+    before = passed_digest(repository, PATH)
+    Files(repository, PATH).cuda.write_text(CUDA)
+    assert passed_digest(repository, PATH) != before
+
+
 def test_source_links_to_the_repository_or_the_reference(repository):
     inside = Fences(repository).source(f"{DOTTED}.double")
     assert f'href="../../../reference/{PATH}/#{DOTTED}.double"' in inside

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from warpmap_site import records
+from warpmap_site.comparisons import scoreboard_html
 from warpmap_site.records import load_record, measure, record_html
 
 TOPIC = "kernels/basics/double"
@@ -121,6 +122,76 @@ def test_nothing_is_written_without_a_gpu_or_when_a_check_fails(
     with pytest.raises(LookupError, match="has no benchmark"):
         measure(measured, "kernels/basics/other")
     assert file.read_text() == before
+
+
+COMPARED = """
+def row(n, who, **more):
+    return {"dtype": "bf16", "N": n, "implementation": who, **more}
+
+
+def rows():
+    found = []
+    for n in (1024, 4096):
+        found += [
+            row(n, "warpmap", ms=0.5, gb_s=3900.0, share=0.975, error=1e-3,
+                rounds=25, launch="stream", control=0.004,
+                best_peer="quack", ratio_to_best=n / 2048),
+            row(n, "torch", ms=1.0, gb_s=1950.0, share=0.49, error=2e-3,
+                ratio=2.0),
+            row(n, "quack", ms=0.51, gb_s=3800.0, share=0.95, ratio=1.02)
+            if n == 1024 else row(n, "quack", failed="ValueError: too <long>"),
+            row(n, "gone", missing="not installed"),
+            row(n, "copy", ms=0.48, gb_s=4000.0, share=1.0),
+        ]
+    return found
+"""
+
+
+@pytest.fixture
+def compared(measured):
+    (measured / f"benchmarks/{TOPIC}.py").write_text(COMPARED)
+    forget_benchmarks()
+    measure(measured, TOPIC)
+    return measured
+
+
+def test_comparison_shows_every_implementation_and_who_is_silent(compared):
+    shown = record_html(compared, f"h200/{TOPIC}\ncompare: N = Columns\nBoth.")
+    assert shown.count("<circle") == 3  # ours: twice, and in the legend
+    for text in (">1,024<", "0.50 × quack", "2.00 × quack", "±0.004"):
+        assert text in shown
+    assert "gone missing: not installed" in shown
+    assert "quack failed (Columns 4,096): ValueError: too &lt;long&gt;" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("compare: M = Rows", "no row has M"),
+        ("compare: dtype = Dtype", "two rows of warpmap"),
+    ],
+)
+def test_comparison_over_a_wrong_label_is_named(compared, line, says):
+    with pytest.raises(LookupError, match=says):
+        record_html(compared, f"h200/{TOPIC}\n{line}")
+
+
+def test_only_comparisons_can_be_compared(measured):
+    with pytest.raises(LookupError, match="compares no implementations"):
+        record_html(measured, f"h200/{TOPIC}\ncompare: size = N")
+    with pytest.raises(LookupError, match="no record compares"):
+        scoreboard_html(measured, {TOPIC: "Double"})
+
+
+def test_scoreboard_shows_the_worst_case(compared):
+    shown = scoreboard_html(compared, {TOPIC: "Double"})
+    assert f'<a href="../{TOPIC}/">Double</a>' in shown
+    assert "<td>0.50 × quack</td><td>N 1,024</td>" in shown
+    assert "2.00" not in shown
+    with (compared / f"benchmarks/{TOPIC}.py").open("a") as code:
+        code.write("# another\n")
+    again = scoreboard_html(compared, {TOPIC: "Double"})
+    assert "code has changed" in again
 
 
 def test_committed_records_are_whole(pytestconfig):

@@ -63,6 +63,52 @@ def compile_sm90a(kernel, signature, constexprs, num_warps=4, num_stages=3):
     return Compiled(**answer)
 
 
+def compile_cuda(file):
+    """Compile a ``.cu`` file for Hopper: what became of each kernel in it.
+
+    Needs nvcc: mark the test ``nvcc``.
+
+    Returns:
+        ``Compiled`` by kernel name; ``threads`` is 0 and ``ptx`` "".
+
+    Raises:
+        RuntimeError: With nvcc's message, if it does not compile.
+    """
+    import triton
+
+    tools = triton.knobs.nvidia
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        arch = "-gencode=arch=compute_90a,code=sm_90a"
+        command = ["nvcc", "-std=c++17", arch, "-cubin", file, "-o", cubin]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{file}: {done.stderr}")
+        usage = _run(tools.cuobjdump, "--dump-resource-usage", cubin)
+        sass = _run(tools.nvdisasm, "-c", cubin)
+    used = re.findall(
+        r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
+    )
+    code = dict(
+        re.findall(
+            r"\.section\s+\.text\.(\w+),(.*?)(?=\.section|\Z)", sass, re.S
+        )
+    )
+    return {
+        name: Compiled(
+            **_opcodes(code[name]),
+            registers=int(registers),
+            stack=int(stack),
+            shared=int(shared),
+            threads=0,
+            ptx="",
+        )
+        for name, registers, stack, shared in used
+    }
+
+
 @functools.cache
 def _worker():
     """The worker process, ended with this one."""
@@ -119,17 +165,24 @@ def _compile(name, signature, constexprs, num_warps, num_stages):
         usage = _run(tools.cuobjdump, "--dump-resource-usage", cubin)
         sass = _run(tools.nvdisasm, "-c", cubin)
 
+    return {
+        **_opcodes(sass),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        "threads": 32 * compiled.metadata.num_warps,
+        "ptx": compiled.asm["ptx"],
+    }
+
+
+def _opcodes(sass):
+    """The instructions of a disassembly, counted, and what they spill."""
     # an instruction: its address in a comment, perhaps a predicate, its name
     instruction = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
     opcodes = Counter(re.findall(instruction, sass))
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": sum(n * _local_bytes(op) for op, n in opcodes.items()),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "shared": compiled.metadata.shared,
-        "threads": 32 * compiled.metadata.num_warps,
         "opcodes": opcodes,
-        "ptx": compiled.asm["ptx"],
+        "spills": sum(n * _local_bytes(op) for op, n in opcodes.items()),
     }
 
 

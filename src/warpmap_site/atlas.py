@@ -162,7 +162,8 @@ class Atlas:
             for folder, title in meta.sections.items():
                 path = f"{name}/{folder}"
                 topics = [t for t in self.reading_order if t.section == path]
-                sections.append(Section(path, title, topics))
+                if topics:
+                    sections.append(Section(path, title, topics))
             areas.append(Area(name, meta, sections))
         return areas
 

@@ -170,7 +170,7 @@ def find_symbol(root: Path, name: str) -> Symbol:
 # return type, perhaps launch bounds, the name, parameters, an opening brace
 _CUDA_FUNCTION = (
     r'^[\w"][\w"\s*&<>:]*?\s(?:__launch_bounds__\([^)]*\)\s*)?'
-    r"(\w+)\([^;{}]*\)\s*\{$"
+    r"(\w+)\([^;{}]*\)\s*\{(?:.*\})?$"
 )
 
 
@@ -193,7 +193,8 @@ def _find_cuda(root: Path, name: str) -> Symbol:
     if symbol not in begins:
         raise LookupError(f"{name}: the file defines {', '.join(begins)}")
     first = begins[symbol]
-    last = next(n for n in range(first, len(lines)) if lines[n] == "}")
+    body = range(first, len(lines))
+    last = next(n for n in body if re.match(r"\}|\S.*\{.*\}$", lines[n]))
     while first and lines[first - 1].startswith(("//", "template")):
         first -= 1
     code = "\n".join(lines[first : last + 1])

@@ -67,6 +67,8 @@ __device__ float twice(float x) {
   return 2 * x;
 }
 
+__device__ float thrice(float x) { return 3 * x; }
+
 // Copies,
 // a number a thread.
 extern "C" __global__ void copy(
@@ -87,15 +89,19 @@ def test_cuda_beside_a_module_is_shown_with_its_comment(repository):
     cuda = Files(repository, PATH).cuda
     cuda.write_text(CUDA)
     symbol = find_symbol(repository, f"{DOTTED}.cu:copy")
-    assert (symbol.first_line, symbol.last_line) == (8, 15)
+    assert (symbol.first_line, symbol.last_line) == (10, 17)
     assert symbol.code.startswith("// Copies,\n// a number a thread.\nextern")
     assert symbol.code.endswith("  }\n}")
     bounded = find_symbol(repository, f"{DOTTED}.cu:bounded")
     assert bounded.code.count("\n") == 3
+    one_line = find_symbol(repository, f"{DOTTED}.cu:thrice")
+    assert one_line.code == "__device__ float thrice(float x) { return 3 * x; }"
     shown = Fences(repository).source(f"{DOTTED}.cu:twice")
     assert f"src/warpmap/{PATH}.cu, lines 3 to 6" in shown
     assert "href" not in shown  # the reference does not have it
-    with pytest.raises(LookupError, match="defines twice, copy, bounded"):
+    with pytest.raises(
+        LookupError, match="defines twice, thrice, copy, bounded"
+    ):
         find_symbol(repository, f"{DOTTED}.cu:other")
     with pytest.raises(LookupError, match="no such file"):
         find_symbol(repository, "warpmap.nowhere.cu:copy")

@@ -194,22 +194,29 @@ def test_page_links_to_pages_and_names_headings():
 def test_softmax_lab_shows_a_record_where_there_is_one(lab, tmp_path):
     """In a copy, with numbers made up here; none of them is kept."""
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=IGNORED)
-    names = ("copy", "warpmap", "torch", "torch.compile", "step by step")
+    timed = {"ms": 1.0, "gb_s": 1000.0, "share": 0.25}
+    checked = {**timed, "error": 1e-9, "ratio": 2.0}
+    results = {  # a row of each kind that the harness writes
+        "warpmap": {**checked, "launch": "stream", "ratio_to_best": 2.0},
+        "torch": checked,
+        "step by step": checked,
+        "quack": {"missing": "not installed"},
+        "liger": {"failed": "AssertionError"},
+        "wrong": {**timed, "failed": "error 1 of the largest value"},
+        "copy": timed,
+    }
     rows = [
         {
             "pass": direction,
             "dtype": dtype,
+            "M": 2**27 // n,
             "N": n,
             "implementation": name,
-            "ms": 1.0,
-            "gb_s": 1000.0,
-            "share_of_copy": 0.25,
-            **({} if name == "copy" else {"max_error": 1e-9}),
+            **result,
         }
         for direction in ("forward", "backward")
-        for dtype in ("fp32", "bf16")
-        for n in (1024, 4096)
-        for name in names
+        for dtype, n in (("bf16", 1024), ("bf16", 4096), ("fp32", 4096))
+        for name, result in results.items()
     ]
     record = {
         "machine": {"gpu": "Made Up 9000", "torch": "0.0"},
@@ -223,7 +230,8 @@ def test_softmax_lab_shows_a_record_where_there_is_one(lab, tmp_path):
     (tmp_path / where).write_text(json.dumps(record), "utf-8")
     written = labs.run(tmp_path, lab)
     assert "Made Up 9000" in written
-
+    assert "bf16 step by step" in written
+    assert not any(f"bf16 {name}" in written for name in ("quack", "wrong"))
     assert written.count('"image/svg+xml": [') == 4
     assert labs.code_digest(tmp_path, lab) != lab.digest
 

@@ -4,10 +4,17 @@ import json
 import sys
 
 import pytest
+from building import ROOT
+from pydantic import BaseModel, ConfigDict, Field
 
-from warpmap_site import records
-from warpmap_site.comparisons import scoreboard_html
-from warpmap_site.records import load_record, measure, record_html
+from warpmap_site import harness, records
+from warpmap_site.comparisons import CEILINGS, scoreboard_html
+from warpmap_site.records import (
+    load_record,
+    measure,
+    record_html,
+    run_benchmark,
+)
 
 TOPIC = "kernels/basics/double"
 ABOUT = {
@@ -194,11 +201,85 @@ def test_scoreboard_shows_the_worst_case(compared):
     assert "code has changed" in again
 
 
-def test_committed_records_are_whole(pytestconfig):
-    root = pytestconfig.rootpath
-    for file in (root / "docs/records").glob("*/*/*/*.json"):
-        name = file.relative_to(root / "docs/records").with_suffix("")
-        record = load_record(root, name.as_posix())
-        assert record.rows
-        assert record.machine["gpu"]
-        assert set(record.machine) >= {"cuda", "driver", "python", "torch"}
+@pytest.mark.parametrize(("quick", "rounds"), [(True, 7), (False, 25)])
+def test_cases_go_to_the_harness(measured, monkeypatch, quick, rounds):
+    asked = {}
+    monkeypatch.setattr(harness, "compare", lambda c, **k: asked.update(k) or c)
+    code = "def cases():\n    return ['a case']\n"
+    (measured / f"benchmarks/{TOPIC}.py").write_text(code)
+    forget_benchmarks()
+    assert run_benchmark(measured, TOPIC, quick) == ["a case"]
+    assert asked == {"rounds": rounds}
+
+
+# The schema of a committed record
+
+Strict = ConfigDict(extra="forbid", strict=True)
+
+
+class Machine(BaseModel):
+    model_config = Strict
+    gpu: str = Field(min_length=1)
+    python: str
+    torch: str
+    triton: str
+    cuda: str
+    driver: str
+    power_limit: str = Field(pattern=r"^[\d.]+ W$")
+    card: str = Field(pattern="^[0-9a-f]{8}$")
+
+
+class Clocks(BaseModel):
+    model_config = Strict
+    before: str
+    after: str
+
+
+class Header(BaseModel):
+    model_config = Strict
+    date: str = Field(pattern=r"^20\d\d-\d\d-\d\dT\d\d:\d\d\+00:00$")
+    commit: str = Field(pattern="^[0-9a-f]{7,40}$")  # nothing uncommitted
+    command: str = Field(pattern="^warpmap bench [a-z0-9_/]+$")
+    digest: str = Field(pattern="^[0-9a-f]{12}$")
+    machine: Machine
+    clocks: Clocks
+    peers: dict[str, str]
+    rows: list[dict[str, str | int | float | bool]] = Field(min_length=1)
+
+
+COMMITTED = [
+    file.relative_to(ROOT / "docs/records").with_suffix("").as_posix()
+    for file in sorted((ROOT / "docs/records").glob("*/*/*/*.json"))
+]
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_record_is_whole(name):
+    file = ROOT / "docs/records" / f"{name}.json"
+    header = Header.model_validate_json(file.read_text("utf-8"))
+    folder, _, topic = name.partition("/")
+    assert folder == records.folder_of(header.machine.gpu)
+    assert header.command == f"warpmap bench {topic}"
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_comparison_keeps_its_promises(name):
+    """Of every case: ours, each peer or its reason, the ceiling, in order."""
+    found = load_record(ROOT, name).rows
+    if not any("best_peer" in row or "share" in row for row in found):
+        return
+    ours = [i for i, r in enumerate(found) if r["implementation"] == "warpmap"]
+    for start, end in zip(ours, [*ours[1:], len(found)], strict=True):
+        first, *peers, ceiling = found[start:end]
+        assert ceiling["implementation"] in CEILINGS
+        assert ceiling["share"] == 1
+        assert first["rounds"] >= 7
+        assert first["launch"] in ("stream", "graph")
+        assert 0 <= first["control"] < 0.2
+        assert first["error"] >= 0
+        right = [p for p in peers if not {"missing", "failed"} & set(p)]
+        best = min(p["ratio"] for p in right)
+        assert first["ratio_to_best"] == best
+        for row in (first, *right):
+            assert 0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+            assert 0 < row["share"] < 1.5

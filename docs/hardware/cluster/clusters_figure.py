@@ -16,7 +16,7 @@ def across(count: int, which: int) -> float:
     return LEFT + (RIGHT - LEFT) * (which + 0.5) / count
 
 
-def draw() -> str:
+def svg() -> str:
     """The figure: switches with 4 ports, in 4 pods."""
     cables = []  # from (row, column of how many) to the same
     for pod in range(4):
@@ -75,4 +75,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    FIGURE.write_bytes(draw().encode())
+    FIGURE.write_bytes(svg().encode())

@@ -32,7 +32,7 @@ def row(top: int, distance: int, chunks: int, label: str) -> list[str]:
     return lines
 
 
-def draw() -> str:
+def svg() -> str:
     """The figure; a line is as thick as its message is large."""
     title = 'font-size="30" font-weight="600"'
     lines = [
@@ -54,4 +54,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    FIGURE.write_bytes(draw().encode())
+    FIGURE.write_bytes(svg().encode())

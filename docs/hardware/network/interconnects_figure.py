@@ -25,7 +25,7 @@ def steps(name: str, has_line_code: int) -> list[tuple[str, float]]:
     return rows
 
 
-def draw() -> str:
+def svg() -> str:
     """The figure; within a link, lengths are in proportion."""
     lines, y = [], 34
     for name, has_line_code in SHOWN.items():
@@ -61,4 +61,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    FIGURE.write_bytes(draw().encode())
+    FIGURE.write_bytes(svg().encode())

@@ -68,7 +68,7 @@ def degrees_of(slope: float) -> float:
     return round(degrees(atan(slope)), 2)
 
 
-def draw() -> str:
+def svg() -> str:
     """The figure as SVG."""
     peak, bandwidth = H200.flops_per_s / 1e12, H200.bytes_per_s / 1e12
     start = 10**X_FROM
@@ -165,4 +165,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    FIGURE.write_text(draw(), encoding="utf-8", newline="\n")
+    FIGURE.write_text(svg(), encoding="utf-8", newline="\n")

@@ -15,7 +15,7 @@ SIZE = 'fill="var(--wm-area)"'
 DATA = 'fill="currentColor" fill-opacity="0.22"'
 
 
-def draw() -> str:
+def svg() -> str:
     """The figure: bars of what is lost above E, size by size."""
     law = BESIROGLU
     rows = []
@@ -56,4 +56,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    FIGURE.write_bytes(draw().encode())
+    FIGURE.write_bytes(svg().encode())

@@ -1,16 +1,17 @@
 """Launches the CUDA C++ that stands beside some modules.
 
 ``cuda_kernel(__file__, "name")`` is a kernel of the ``.cu`` file beside a
-module. Nothing is compiled, and CuPy not imported, before its first launch.
+module. Nothing is compiled, and neither CuPy nor PyTorch imported, before its
+first launch: a module of pure Python may have one.
 """
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Grid = int | tuple[int, ...]
 
@@ -29,6 +30,15 @@ def _module(file: Path) -> Any:
     return cupy.RawModule(
         code=file.read_text(encoding="utf-8"), options=("--std=c++17",)
     )
+
+
+class _Current:
+    """PyTorch's current stream, as CuPy takes streams of others."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        import torch
+
+        return 0, torch.cuda.current_stream().cuda_stream
 
 
 def cuda_kernel(file: str, name: str) -> Callable[..., None]:
@@ -56,9 +66,12 @@ def cuda_kernel(file: str, name: str) -> Callable[..., None]:
     def launch(
         grid: Grid,
         block: Grid,
-        *arguments: Tensor | int | float,
+        *arguments: "Tensor | int | float",
         shared: int = 0,
     ) -> None:
+        import torch
+        from torch import Tensor
+
         tensors = [a for a in arguments if isinstance(a, Tensor)]
         if not tensors or any(t.device.type != "cuda" for t in tensors):
             raise ValueError(
@@ -87,8 +100,7 @@ def cuda_kernel(file: str, name: str) -> Callable[..., None]:
                 else numpy.int64(a)
                 for a in arguments
             ]
-            stream = torch.cuda.current_stream().cuda_stream
-            with cupy.cuda.ExternalStream(stream):
+            with cupy.cuda.Stream.from_external(_Current()):
                 kernel(
                     grid if isinstance(grid, tuple) else (grid,),
                     block if isinstance(block, tuple) else (block,),

@@ -1,6 +1,5 @@
 """Fabrics are wired port by port, failures are drawn at random."""
 
-import importlib.util
 import itertools
 import math
 import random
@@ -25,7 +24,6 @@ from warpmap.hardware.cluster.clusters import (
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs/hardware/cluster/clusters.md"
-FIGURE = ROOT / "docs/hardware/cluster/clusters_figure.py"
 
 
 # -- a fabric, cable by cable -------------------------------------------------
@@ -544,10 +542,3 @@ def test_page_s_losses_agree():
             f"{here.rework_percent:.1f}%",
             f"{here.restart_percent:.1f}%",
         ]
-
-
-def test_figure_is_what_its_script_draws():
-    spec = importlib.util.spec_from_file_location("figure", FIGURE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.FIGURE.read_text("utf-8") == module.draw()

@@ -233,11 +233,6 @@ def test_sums_of_the_page_are_right():
         )
 
 
-def test_committed_figure_is_what_its_script_draws():
-    figure = load(PAGE.with_name("gpu_specifications_figure.py"))
-    assert figure.FIGURE.read_text(encoding="utf-8") == figure.svg()
-
-
 def benchmark():
     return load(ROOT / "benchmarks/hardware/performance/gpu_specifications.py")
 

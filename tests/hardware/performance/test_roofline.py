@@ -1,6 +1,5 @@
 """Counts are checked by running the operation on numbers that count."""
 
-import importlib.util
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -352,11 +351,3 @@ def test_menus_hold_what_the_page_computes_with():
 def test_bad_input_says_what_came(call, says):
     with pytest.raises(ValueError, match=says):
         call()
-
-
-def test_committed_figure_is_what_its_script_draws():
-    script = ROOT / "docs/hardware/performance/roofline_figure.py"
-    spec = importlib.util.spec_from_file_location("roofline_figure", script)
-    figure = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figure)
-    assert figure.FIGURE.read_text(encoding="utf-8") == figure.draw()

@@ -1,6 +1,5 @@
 """The closed forms against search, the fit against known laws and torch."""
 
-import importlib.util
 import math
 import random
 import subprocess
@@ -28,7 +27,6 @@ from warpmap.models.families.scaling_laws import (
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs/models/families/scaling_laws.md"
-FIGURE = ROOT / "docs/models/families/scaling_laws_figure.py"
 LAWS = [HOFFMANN, HOFFMANN_DIGITS, BESIROGLU]
 CHINCHILLA = 5.76e23
 
@@ -417,10 +415,3 @@ def test_page_s_numbers_agree():
     four, forty = (effective_tokens(1, n) for n in (4, 40))
     assert f"worth {four:.1f} epochs" in text
     assert f"worth {forty:.0f}" in text
-
-
-def test_figure_is_what_its_script_draws():
-    spec = importlib.util.spec_from_file_location("figure", FIGURE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.FIGURE.read_text("utf-8") == module.draw()

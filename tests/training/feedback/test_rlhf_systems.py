@@ -582,12 +582,3 @@ def test_numbers_of_the_page():
     assert round(rlhf_systems("split", tail=0.0).step_seconds) == 62
     assert round(rlhf_systems("asynchronous", tail=0.0).step_seconds) == 36
     assert len(FAULTS) == 12
-
-
-def test_figure_is_what_its_script_draws():
-    script = PAGE.with_name("rlhf_systems_figure.py")
-    drawn = {"__file__": str(script), "__name__": "figure"}
-    exec(compile(script.read_text(encoding="utf-8"), script, "exec"), drawn)
-    assert (
-        PAGE.with_suffix(".svg").read_text(encoding="utf-8") == drawn["svg"]()
-    )

@@ -17,7 +17,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from warpmap.chart import Axis, Line, LineChart, Point
 from warpmap.hardware.gpus import GPUS as SHEETS
@@ -374,29 +374,11 @@ def launch(
     )
 
 
-def wave_chart(
-    blocks: int = 133,
-    threads_per_block: int = 384,
-    registers_per_thread: int = 168,
-    shared_bytes: int = 192 * KIB,
-    capability: Capability = "9.0",
-    sms: int = 132,
-    bytes_in_flight_a_thread: int = 16,
-    latency_ns: float = 500.0,
-    bandwidth_gb_s: float = 4800.0,
-) -> LineChart:
-    """Efficiency against the size of the grid; see ``launch``.
+def wave_chart(**arguments: Any) -> LineChart:
+    """Efficiency against the size of the grid.
 
     Args:
-        blocks: Blocks of the grid.
-        threads_per_block: Threads a block, 1 to 1024.
-        registers_per_thread: Registers a thread, as the compiler reports.
-        shared_bytes: Shared memory a block, in bytes.
-        capability: Compute capability.
-        sms: SMs of the GPU.
-        bytes_in_flight_a_thread: Bytes that each thread waits for.
-        latency_ns: Time from asking to receiving, in ns.
-        bandwidth_gb_s: Bandwidth of the memory, in GB/s.
+        arguments: Those of ``launch``.
 
     Raises:
         ValueError: If a number is out of range, or no block fits.
@@ -405,18 +387,9 @@ def wave_chart(
         >>> wave_chart(blocks=133).points[0].x
         133
     """
-    yours = launch(
-        blocks,
-        threads_per_block,
-        registers_per_thread,
-        shared_bytes,
-        capability,
-        sms,
-        bytes_in_flight_a_thread,
-        latency_ns,
-        bandwidth_gb_s,
-    )
+    yours = launch(**arguments)
     slots = yours.slots
+    blocks = (yours.waves - 1) * slots + yours.last_wave_blocks
     # up to eight waves before this one, and two after it
     shown = range(max(0, yours.waves - 9), max(5, yours.waves + 2))
     ends = [n for w in shown for n in (w * slots + 1, (w + 1) * slots)]

@@ -4,8 +4,8 @@ Plain PyTorch passes over the matrix at every step: max, subtract, exp, sum,
 divide. Here one program holds whole rows in registers.
 
     traffic  2 M N elements forward, 3 M N backward; the reference 8 M N + 4 M
-    limit    a row and its gradient must fit in the registers of one program;
-             longer rows need an online softmax, which reads in pieces
+    limit    a row of 64 KiB forward, of 16384 elements backward; longer rows
+             go to online_softmax, which reads them twice
 
 Reference: Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867
 """
@@ -13,14 +13,24 @@ Reference: Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867
 import torch
 from torch import Tensor
 
-from warpmap import DEVICE
 from warpmap.kernels import tl, triton
+from warpmap.kernels.normalization._softmax_rows import (
+    check_rows,
+    multiprocessors,
+)
+from warpmap.kernels.normalization.online_softmax import (
+    online_softmax,
+    online_softmax_backward,
+)
+
+# forward keeps a float32 row in registers, and the next two in shared memory
+MAX_FORWARD_BYTES = 1 << 16
 
 # backward keeps two float32 rows: at 16384 columns 128 KiB of the 256 KiB
 # of registers of a streaming multiprocessor; at 32768 the compiler spills
-MAX_COLS = 16384
+MAX_BACKWARD_COLS = 1 << 14
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def softmax_reference(x: Tensor) -> Tensor:
@@ -52,20 +62,26 @@ def _softmax_fwd_kernel(
     N,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    # 64-bit: row * stride overflows 32 bits on a large matrix
-    first = tl.program_id(0).to(tl.int64) * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M)[:, None]
-    rows = tl.minimum(rows, M - 1)  # past the end: the last row once more
     cols = tl.arange(0, BLOCK_N)[None, :]
-    mask = cols < N
+    tiles = tl.cdiv(M, BLOCK_M)
+    # with three stages the load runs two tiles ahead
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES
+    ):
+        # 64-bit: row * stride overflows 32 bits on a large matrix
+        first = tl.cast(tile, tl.int64) * BLOCK_M
+        rows = first + tl.arange(0, BLOCK_M)[:, None]
+        rows = tl.minimum(rows, M - 1)  # past the end: the last row once more
 
-    # -inf keeps padding out of the max, and exp(-inf) = 0 out of the sum
-    x_ptrs = x_ptr + rows * stride_xm + cols
-    x = tl.load(x_ptrs, mask, other=-float("inf")).to(tl.float32)
-    exps = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
-    y = exps / tl.sum(exps, axis=1, keep_dims=True)
-    tl.store(y_ptr + rows * stride_ym + cols, y, mask)
+        # -inf keeps padding out of the max, and 2^-inf = 0 out of the sum
+        x_ptrs = x_ptr + rows * stride_xm + cols
+        x = tl.load(x_ptrs, cols < N, other=-float("inf")).to(tl.float32)
+        shifted = x - tl.max(x, axis=1, keep_dims=True)
+        exps = tl.exp2(shifted * LOG2_E)  # a GPU raises 2, not e
+        scale = 1 / tl.sum(exps, axis=1, keep_dims=True)
+        tl.store(y_ptr + rows * stride_ym + cols, exps * scale, cols < N)
 
 
 @triton.jit
@@ -96,13 +112,24 @@ def _softmax_bwd_kernel(
     tl.store(dx_ptr + rows * stride_dxm + cols, dx, mask)
 
 
-def _tile(N: int) -> tuple[int, int, int]:
+def _tile(N: int, itemsize: int) -> tuple[int, int, int]:
     """``BLOCK_M``, ``BLOCK_N`` and warps for rows of ``N`` elements."""
     BLOCK_N = triton.next_power_of_2(N)
     # several short rows a program, so that its threads have enough to load
     BLOCK_M = max(1, 1024 // BLOCK_N)
-    # 16 elements a thread; more warps than 16 leave too few registers each
-    return BLOCK_M, BLOCK_N, min(16, BLOCK_M * BLOCK_N // 512)
+    tile = BLOCK_M * BLOCK_N
+    # 16 elements a thread, in long rows 64 bytes
+    num_warps = max(min(16, tile // 512), tile * itemsize // 2048)
+    return BLOCK_M, BLOCK_N, num_warps
+
+
+def _schedule(tiles: int, BLOCK_N: int, sms: int) -> tuple[int, int]:
+    """Programs and pipeline stages of the forward kernel."""
+    # two rows or more on a multiprocessor: while one waits, others work
+    if BLOCK_N <= 16384:
+        return tiles, 1
+    # only one fits: its program stays, and loads the next two rows early
+    return min(tiles, sms), 3
 
 
 @torch.library.custom_op("warpmap::softmax", mutates_args=())
@@ -111,9 +138,11 @@ def _softmax(x: Tensor) -> Tensor:
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y
-    BLOCK_M, BLOCK_N, num_warps = _tile(N)
+    BLOCK_M, BLOCK_N, num_warps = _tile(N, x.itemsize)
+    tiles = triton.cdiv(M, BLOCK_M)
+    programs, STAGES = _schedule(tiles, BLOCK_N, multiprocessors(x))
     with torch.cuda.device_of(x):  # Triton launches on the current GPU
-        _softmax_fwd_kernel[(triton.cdiv(M, BLOCK_M),)](
+        _softmax_fwd_kernel[(programs,)](
             x,
             y,
             x.stride(0),
@@ -122,6 +151,7 @@ def _softmax(x: Tensor) -> Tensor:
             N,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
+            STAGES=STAGES,
             num_warps=num_warps,
         )
     return y
@@ -130,10 +160,13 @@ def _softmax(x: Tensor) -> Tensor:
 @torch.library.custom_op("warpmap::softmax_backward", mutates_args=())
 def _softmax_backward(y: Tensor, dy: Tensor) -> Tensor:
     M, N = y.shape
+    if N > MAX_BACKWARD_COLS:
+        longer: Tensor = online_softmax_backward(y, dy)
+        return longer
     dx = y.new_empty(M, N)
     if dx.numel() == 0:
         return dx
-    BLOCK_M, BLOCK_N, num_warps = _tile(N)
+    BLOCK_M, BLOCK_N, num_warps = _tile(N, y.itemsize)
     with torch.cuda.device_of(y):
         _softmax_bwd_kernel[(triton.cdiv(M, BLOCK_M),)](
             y,
@@ -168,35 +201,21 @@ def softmax(x: Tensor) -> Tensor:
 
     Args:
         x: ``(M, N)``, float32, float16 or bfloat16, on ``warpmap.DEVICE``.
-            Each row is contiguous, rows may lie apart, and ``N`` is at most
-            ``MAX_COLS``.
+            Each row is contiguous, rows may lie apart.
 
     Returns:
         ``(M, N)``, same dtype, contiguous; each row sums to 1.
 
     Raises:
-        ValueError: If ``x`` has another shape, dtype, layout or device, or
-            too long a row.
+        ValueError: If ``x`` has another shape, dtype, layout or device.
 
     Examples:
+        >>> from warpmap import DEVICE
         >>> softmax(torch.zeros(1, 4, device=DEVICE)).tolist()
         [[0.25, 0.25, 0.25, 0.25]]
     """
-    if x.ndim != 2:
-        raise ValueError(f"expected a matrix (M, N), got {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"expected one of {DTYPES}, got {x.dtype}")
-    if x.device.type != DEVICE:
-        raise ValueError(f"expected a tensor on {DEVICE}, got {x.device}")
-    if x.shape[1] > MAX_COLS:
-        raise ValueError(
-            f"expected rows of at most {MAX_COLS}, got {x.shape[1]}: a longer "
-            "row needs an online softmax, which reads it in pieces"
-        )
-    if x.shape[1] > 1 and x.stride(1) != 1:
-        raise ValueError(
-            f"expected contiguous rows, got strides {x.stride()}: "
-            "call x.contiguous() first"
-        )
+    check_rows(x)
+    if x.shape[1] * x.itemsize > MAX_FORWARD_BYTES:
+        return online_softmax(x)
     y: Tensor = _softmax(x)
     return y

@@ -1,0 +1,365 @@
+"""RMSNorm, alone or together with the residual addition before it.
+
+Each row is divided by its root mean square and multiplied by a weight for
+each column. Forward takes a row a program, or several short ones. Backward
+also needs a sum over all rows, the gradient of the weight: there a program
+walks over many rows and keeps its part of that sum in registers.
+
+    traffic  2 M N elements forward, 4 M N with the addition, 3 M N backward
+    limit    rows of at most MAX_COLS
+
+Reference: Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467
+"""
+
+import torch
+from torch import Tensor
+
+from warpmap.kernels import tl, triton
+from warpmap.kernels.normalization._rows import (
+    check_rows,
+    column_sums,
+    load,
+    programs_at_once,
+)
+
+
+def rmsnorm_reference(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, cast_first: bool = False
+) -> Tensor:
+    """RMSNorm of each row, one step at a time, in float32.
+
+    Args:
+        x: ``(M, N)``.
+        weight: ``(N,)``.
+        eps: Added to the mean square.
+        cast_first: Round to the dtype of ``x`` before the weight, too.
+
+    Returns:
+        ``(M, N)``, same dtype as ``x``.
+
+    Examples:
+        >>> x, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([5.0, 10.0])
+        >>> y = rmsnorm_reference(x, weight, eps=0.0)  # root of 12.5
+        >>> [round(v, 3) for v in y[0].tolist()]
+        [4.243, 11.314]
+    """
+    wide = x.float()
+    mean_square = wide.square().mean(dim=1, keepdim=True)
+    normal = wide * torch.rsqrt(mean_square + eps)
+    if cast_first:
+        return (normal.to(x.dtype) * weight).to(x.dtype)  # two roundings
+    return (normal * weight.float()).to(x.dtype)  # one
+
+
+@triton.jit
+def _rmsnorm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    h_ptr,
+    rstd_ptr,
+    stride_xm,
+    stride_rm,
+    M,
+    eps,
+    N: tl.constexpr,  # fixed by the model: no masks where it fills the tile
+    ADD: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # 64-bit: row * stride overflows 32 bits on a large matrix
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)[:, None]
+    rows = tl.minimum(rows, M - 1)  # past the end: the last row once more
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    mask = cols < N
+    x_ptrs = x_ptr + rows * stride_xm + cols
+
+    x = load(x_ptrs, mask, "evict_last")
+    if ADD:
+        x += load(residual_ptr + rows * stride_rm + cols, mask, "evict_first")
+        # rounded first: y is the norm of the h that the next layer reads
+        h = x.to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + rows * N + cols, h, mask)
+        x = h.to(tl.float32)
+    mean_square = tl.sum(x * x, axis=1, keep_dims=True) / N
+    rstd = tl.rsqrt(mean_square + eps)
+    tl.store(rstd_ptr + rows, rstd)
+
+    if not ADD:
+        # again, now from the L1 cache: not kept in registers, a row leaves
+        # them to more rows at a time
+        x = load(x_ptrs, mask, "evict_first")
+    weight = load(weight_ptr + cols, mask, "evict_last")
+    x *= rstd
+    if CAST_FIRST:
+        x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + rows * N + cols, x * weight, mask)
+
+
+@triton.jit
+def _rmsnorm_bwd_kernel(
+    h_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dy_ptr,
+    dh_ptr,
+    dx_ptr,
+    dweight_ptr,
+    stride_hm,
+    M,
+    N: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # a long row belongs to SPLIT programs: each reads all of it, for the
+    # mean, and owns one part
+    part = tl.program_id(0)
+    own = part * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    walker = tl.program_id(1)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    step = tl.num_programs(1) * BLOCK_M
+    # pipelined: the next rows are on their way to shared memory meanwhile
+    for first in tl.range(walker * BLOCK_M, M, step, num_stages=STAGES):
+        rows = (first + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
+        live = rows < M
+        rstd = tl.load(rstd_ptr + rows, live, other=0.0)
+
+        mean = tl.zeros((BLOCK_M, 1), tl.float32)
+        for i in tl.static_range(1, SPLIT + 1):
+            # its own part last: that one stays in registers
+            cols = (part + i) % SPLIT * BLOCK_N
+            cols += tl.arange(0, BLOCK_N)[None, :]
+            mask = live & (cols < N)
+            h = load(h_ptr + rows * stride_hm + cols, mask, "")
+            dy = load(dy_ptr + rows * N + cols, mask, "")
+            normal = h * rstd
+            g = dy * load(weight_ptr + cols, cols < N, "evict_last")
+            mean += tl.sum(normal * g, axis=1, keep_dims=True) / N
+
+        dweight += dy * normal
+        dx = (g - normal * mean) * rstd
+        if ADD:
+            dx += load(dh_ptr + rows * N + own, mask, "")
+        tl.store(dx_ptr + rows * N + own, dx, mask)
+
+    dweight = tl.sum(dweight, axis=0, keep_dims=True)
+    tl.store(dweight_ptr + walker * N + own, dweight, own < N)
+
+
+def _fwd_tile(N: int) -> dict[str, int]:
+    """Launch parameters of the forward kernel for rows of ``N`` elements."""
+    BLOCK_N = triton.next_power_of_2(N)
+    # several short rows a program, so that its threads have enough to load
+    BLOCK_M = max(1, 1024 // BLOCK_N)
+    # 16 elements a thread, as long as there are threads
+    num_warps = min(32, max(1, BLOCK_M * BLOCK_N // 512))
+    return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps}
+
+
+def _bwd_tile(N: int, loads: int) -> tuple[dict[str, int], int]:
+    """The same for backward, and how many programs a multiprocessor holds.
+
+    Args:
+        N: Elements of a row.
+        loads: Bytes that a program loads for each column of a row.
+    """
+    # what registers hold of a row: its sums, itself and its gradient; twice
+    # as much where there is nothing else, not even a mask
+    longest = 16384 if loads <= 6 and N % 16384 == 0 else 8192
+    BLOCK_N = min(triton.next_power_of_2(N), longest)
+    BLOCK_M = max(1, 4096 // BLOCK_N)
+    SPLIT = triton.cdiv(N, BLOCK_N)
+    # 32 elements a thread; 8 warps together may have 255 registers each
+    num_warps = BLOCK_M * BLOCK_N // 1024
+    per_sm = max(1, 8 // num_warps)
+    # two steps ahead, as far as shared memory holds what they load
+    step = loads * BLOCK_M * BLOCK_N * SPLIT
+    ahead = min(2, 220 * 1024 // (step * per_sm))
+    tile = {
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_N": BLOCK_N,
+        "SPLIT": SPLIT,
+        "STAGES": 1 + ahead,
+        "num_warps": num_warps,
+    }
+    return tile, per_sm
+
+
+@torch.library.custom_op("warpmap::rmsnorm", mutates_args=())
+def _rmsnorm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    cast_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y``, ``h`` and ``rstd``; without a residual ``h`` is left empty."""
+    M, N = x.shape
+    y = x.new_empty(M, N)
+    h = x.new_empty(0 if residual is None else (M, N))
+    rstd = x.new_empty(M, 1, dtype=torch.float32)
+    if y.numel() == 0:
+        return y, h, rstd
+    tile = _fwd_tile(N)
+    r = x if residual is None else residual
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU
+        _rmsnorm_fwd_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
+            x,
+            r,
+            weight,
+            y,
+            h,
+            rstd,
+            x.stride(0),
+            r.stride(0),
+            M,
+            eps,
+            N=N,
+            ADD=residual is not None,
+            CAST_FIRST=cast_first,
+            **tile,
+        )
+    return y, h, rstd
+
+
+@torch.library.custom_op("warpmap::rmsnorm_backward", mutates_args=())
+def _rmsnorm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    M, N = h.shape
+    dx = h.new_empty(M, N)
+    if dx.numel() == 0:
+        return dx, torch.zeros_like(weight)
+    add = dh is not None
+    loads = (2 + add) * h.itemsize + weight.itemsize
+    tile, per_sm = _bwd_tile(N, loads)
+    walkers = max(1, programs_at_once(h, per_sm) // tile["SPLIT"])
+    walkers = min(walkers, triton.cdiv(M, tile["BLOCK_M"]))
+    partial = h.new_empty(walkers, N, dtype=torch.float32)
+    with torch.cuda.device_of(h):
+        _rmsnorm_bwd_kernel[(tile["SPLIT"], walkers)](
+            h,
+            weight,
+            rstd,
+            dy,
+            dy if dh is None else dh,
+            dx,
+            partial,
+            h.stride(0),
+            M,
+            N=N,
+            ADD=add,
+            **tile,
+        )
+        return dx, column_sums(partial, weight.dtype)
+
+
+# what torch.compile and autograd must know about the two operators
+@_rmsnorm.register_fake
+def _(x, residual, weight, eps, cast_first):
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty(x.shape[0], 1, dtype=torch.float32),
+    )
+
+
+@_rmsnorm_backward.register_fake
+def _(dy, dh, h, weight, rstd):
+    return h.new_empty(h.shape), torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output):
+    # no zeros in place of a gradient that nobody has
+    ctx.set_materialize_grads(False)
+    x, residual, weight, _, _ = inputs
+    _, h, rstd = output
+    ctx.add = residual is not None
+    ctx.save_for_backward(h if ctx.add else x, weight, rstd)
+
+
+def _gradients(ctx, dy, dh, drstd):
+    h, weight, rstd = ctx.saved_tensors
+    dy = torch.zeros_like(h) if dy is None else dy.contiguous()
+    dh = dh.contiguous() if ctx.add and dh is not None else None
+    dx, dweight = _rmsnorm_backward(dy, dh, h, weight, rstd)
+    return dx, dx if ctx.add else None, dweight, None, None
+
+
+_rmsnorm.register_autograd(_gradients, setup_context=_save)
+
+
+def rmsnorm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, cast_first: bool = False
+) -> Tensor:
+    """RMSNorm over the rows of a matrix, with its gradients.
+
+    Args:
+        x: ``(M, N)``, float32, float16 or bfloat16, on ``warpmap.DEVICE``.
+            Each row is contiguous, rows may lie apart, and ``N`` is at most
+            ``MAX_COLS``.
+        weight: ``(N,)``, of any of these dtypes.
+        eps: Added to the mean square.
+        cast_first: Round the normalized row to the dtype of ``x`` before the
+            weight, as Llama's code does, and not only after it.
+
+    Returns:
+        ``(M, N)``, same dtype as ``x``, contiguous.
+
+    Raises:
+        ValueError: If a tensor has another shape, dtype, layout or device,
+            or rows are too long.
+
+    Examples:
+        >>> from warpmap import DEVICE
+        >>> x = torch.tensor([[3.0, -3.0]], device=DEVICE).half()
+        >>> rmsnorm(x, torch.ones(2, device=DEVICE), eps=0.0).tolist()
+        [[1.0, -1.0]]
+    """
+    check_rows({"x": x}, {"weight": weight})
+    y: Tensor = _rmsnorm(x, None, weight, eps, cast_first)[0]
+    return y
+
+
+def add_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    cast_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Add the residual, then normalize, in one kernel.
+
+    Args:
+        x: What a layer adds, ``(M, N)``; see :func:`rmsnorm`.
+        residual: What it adds to, of the same shape and dtype.
+        weight: ``(N,)``.
+        eps: Added to the mean square.
+        cast_first: See :func:`rmsnorm`.
+
+    Returns:
+        The normalized rows and ``h = x + residual``, both ``(M, N)``,
+        contiguous.
+
+    Raises:
+        ValueError: As :func:`rmsnorm`, or if ``residual`` differs from ``x``
+            in shape or dtype.
+
+    Examples:
+        >>> from warpmap import DEVICE
+        >>> one = torch.ones(1, 2, device=DEVICE).half()
+        >>> y, h = add_rmsnorm(one, 2 * one, one[0], eps=0.0)
+        >>> y.tolist(), h.tolist()
+        ([[1.0, 1.0]], [[3.0, 3.0]])
+    """
+    check_rows({"x": x, "residual": residual}, {"weight": weight})
+    y, h, _ = _rmsnorm(x, residual, weight, eps, cast_first)
+    return y, h

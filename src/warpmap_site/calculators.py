@@ -60,12 +60,14 @@ def calculator_html(text: str) -> str:
         )
     chosen = html.escape(chart)
     path = module.removeprefix("warpmap.").replace(".", "/")
-    link = f"../../../reference/{path}/#{function}"  # from a topic's page
+    link = f' href="../../../reference/{path}/#{function}"'  # a page's depth
+    if "/_" in path:  # a private module has no reference page
+        link = ""
     drawn = _chart(answer) if chart else ""
     return (
         f'<section class="wm-calculator" data-chart="{chosen}" '
         f'aria-label="Calculator: {form.name}">'
-        f'<p class="wm-bar"><span class="wm-file"><a href="{link}">'
+        f'<p class="wm-bar"><span class="wm-file"><a{link}>'
         f'{form.name}</a></span><span class="wm-summary">'
         f"{prose(form.summary)}</span></p>"
         f"{form_html(form, menus)}"

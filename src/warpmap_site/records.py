@@ -168,7 +168,7 @@ def run_benchmark(root: Path, topic: str, quick: bool) -> list[dict[str, Any]]:
     if str(root) not in sys.path:  # its processes must import it too
         sys.path.insert(0, str(root))
     module = importlib.import_module(f"benchmarks.{topic.replace('/', '.')}")
-    if not hasattr(module, "cases"):
+    if hasattr(module, "rows"):
         rows: list[dict[str, Any]] = module.rows()
         return rows
     from warpmap_site.harness import ROUNDS, compare

@@ -201,7 +201,7 @@ def test_inputs_are_what_they_say(fmt):
     for inputs in INPUTS:
         x = matrix(inputs, 64, 256, fmt)
         assert x.dtype == DTYPES[fmt]
-        values = x.double()
+        values = x.double().cpu()
         if inputs in ("zeros", "constant"):
             assert (values == (inputs == "constant")).all()
         elif inputs == "normal":

@@ -245,7 +245,10 @@ FAULTS = {
         "lanes).to(tl.float32)",
         "lanes).to(tl.float16).to(tl.float32)",
     ),
-    "sum in float16": ("tl.sum(sums,", "tl.sum(sums.to(tl.float16),"),
+    "sum in float16": (
+        "total = tl.sum(sums, axis=0)",
+        "total = tl.sum(sums.to(tl.float16), axis=0).to(tl.float32)",
+    ),
     "partial sums rounded": (
         "x.new_empty(programs, dtype=torch.float32)",
         "x.new_empty(programs, dtype=torch.float16)",

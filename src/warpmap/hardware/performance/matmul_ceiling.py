@@ -222,7 +222,7 @@ def call_times(
     return times
 
 
-def call_times_cuda(run: Callable[[], object], calls: int) -> list[float]:
+def _call_times_cuda(run: Callable[[], object], calls: int) -> list[float]:
     """Seconds of each call by the GPU's own clock, its L2 cache emptied.
 
     Args:
@@ -369,7 +369,7 @@ def measure(
     a, b = (matrix(inputs, n, shape.K, fmt, device) for n in (shape.M, shape.N))
     run: Callable[[], Any] = product(a, b, fmt)
     if device == "cuda":
-        times = call_times_cuda(run, calls)
+        times = _call_times_cuda(run, calls)
     else:
         times = call_times(run, calls)
     summary = summarize(times)

@@ -35,11 +35,13 @@ def _key(x):
     """Whole numbers in the order of floats; a key stays what it is."""
     if x.dtype == tl.int32:
         return x
-    x = x.to(tl.float32)
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0 is 0
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    # compared as whole numbers: a GPU may take a subnormal float for zero
+    size = bits & 0x7FFFFFFF
+    bits = tl.where(size == 0, 0, bits)  # -0 is 0
     # of negative floats, larger bits mean smaller numbers
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(x == x, keys, 0x7FFFFFFF)  # nan is the largest
+    return tl.where(size > 0x7F800000, 0x7FFFFFFF, keys)  # nan is the largest
 
 
 @triton.jit

@@ -27,7 +27,13 @@ CUBIC = tl.constexpr(0.044715)
 def bias_gelu_add_reference(
     x: Tensor, bias: Tensor, residual: Tensor
 ) -> Tensor:
-    """``gelu(x + bias) + residual``, one operator at a time."""
+    """``gelu(x + bias) + residual``, one operator at a time.
+
+    Examples:
+        >>> one = torch.ones(1)
+        >>> bias_gelu_add_reference(one[None], -one, one[None]).item()
+        1.0
+    """
     h = x + bias
     a = F.gelu(h, approximate="tanh")
     return a + residual

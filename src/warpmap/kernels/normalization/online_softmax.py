@@ -182,6 +182,16 @@ def online_softmax_backward(y: Tensor, dy: Tensor) -> Tensor:
     Args:
         y: ``(M, N)``, the result of softmax.
         dy: ``(M, N)``, the gradient by it, with contiguous rows.
+
+    Returns:
+        ``(M, N)``.
+
+    Examples:
+        >>> from warpmap import DEVICE
+        >>> y = torch.full((1, 2), 0.5, device=DEVICE)
+        >>> dy = torch.tensor([[1.0, 0.0]], device=DEVICE)
+        >>> online_softmax_backward(y, dy).tolist()
+        [[0.25, -0.25]]
     """
     M, N = y.shape
     dx = y.new_empty(M, N)

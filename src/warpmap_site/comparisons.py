@@ -306,7 +306,8 @@ def scoreboard_html(root: Path, titles: Mapping[str, str]) -> str:
         )
     )
     return (
-        '<div class="wm-record"><div class="wm-record-table" tabindex=0 '
-        'role="group" aria-label="Scoreboard"><table class="wm-rows"><thead>'
+        '<div class="wm-record wm-scores"><div class="wm-record-table" '
+        'tabindex=0 role="group" aria-label="Scoreboard">'
+        '<table class="wm-rows"><thead>'
         f"<tr>{heads}</tr></thead><tbody>{body}</tbody></table></div></div>"
     )

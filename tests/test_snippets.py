@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,14 +32,26 @@ def runs_on(path):
         for f in SNIPPETS
     ],
 )
-def test_snippet_prints_what_it_promises(file):
+def test_snippet_prints_what_it_promises(file, capsys):
     path = file.relative_to(ROOT / "snippets").with_suffix("").as_posix()
-    command = [sys.executable]
     if "multi-gpu" in runs_on(path):
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", "4"]
+        out = run_on_four(file)
+    else:
+        runpy.run_path(str(file), run_name="__main__")
+        out = capsys.readouterr().out
+    _, promised = split_snippet(file.read_text(encoding="utf-8"))
+    assert promised, f"{file} promises no output: add a '# -> ...' line"
+    printed = [line.rstrip() for line in out.splitlines()]
+    assert printed == promised.split("\n")
+
+
+def run_on_four(file):
+    """What a snippet prints that needs several processes."""
     result = subprocess.run(
-        [*command, str(file)],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "4", str(file)),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -46,7 +59,4 @@ def test_snippet_prints_what_it_promises(file):
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
     assert result.returncode == 0, result.stderr
-    _, promised = split_snippet(file.read_text(encoding="utf-8"))
-    assert promised, f"{file} promises no output: add a '# -> ...' line"
-    printed = [line.rstrip() for line in result.stdout.splitlines()]
-    assert printed == promised.split("\n")
+    return result.stdout

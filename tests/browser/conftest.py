@@ -9,7 +9,7 @@ import threading
 from typing import ClassVar
 
 import pytest
-from building import build
+from building import build, dead_links
 from made_up import large_map, write_repository
 from playwright.sync_api import sync_playwright
 
@@ -84,6 +84,7 @@ def large_address(tmp_path_factory):
     write_repository(root, large_map(290))
     done = build(root, root / "site")
     assert done.returncode == 0, done.stderr
+    assert dead_links(root / "site") == []
     with serve(root / "site") as found:
         yield found
 

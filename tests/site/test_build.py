@@ -4,7 +4,7 @@ import json
 
 import pytest
 from building import Anatomy, build, dead_links
-from made_up import large_map, write_repository
+from made_up import write_repository
 
 
 def test_no_dead_link_or_anchor(site):
@@ -42,13 +42,6 @@ def test_search_knows_titles_aliases_and_symbols(site):
     assert softmax in places("Softmax")
     assert softmax in places("softargmax")
     assert f"reference/{softmax}" in places("softmax_reference")
-
-
-def test_large_map_builds(tmp_path):
-    write_repository(tmp_path, large_map(290))
-    done = build(tmp_path, tmp_path / "site")
-    assert done.returncode == 0, done.stderr
-    assert dead_links(tmp_path / "site") == []
 
 
 def test_title_may_hold_quotes_and_a_colon(tmp_path):

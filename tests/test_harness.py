@@ -117,6 +117,12 @@ def test_a_missing_package_is_a_missing_peer():
     assert optional("math", lambda: abs) is abs
 
 
+def test_a_package_that_breaks_when_imported_is_a_missing_peer():
+    broken = optional("quack", lambda: abs("a number"))
+    assert isinstance(broken, Missing)
+    assert "quack: TypeError" in broken.reason
+
+
 def test_ratios_are_of_the_same_round_and_judged_by_the_strongest_peer():
     # the clock drops to half in the last two rounds: for all
     clock = [1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0]

@@ -87,7 +87,7 @@ def optional(package: str, make: Callable[[], Function]) -> Function | Missing:
     """
     try:
         return make()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a package may fail in its own way
         return Missing(f"{package}: {type(error).__name__}: {error}"[:200])
 
 

@@ -20,7 +20,7 @@ from warpmap.kernels.building_blocks.fast_atomic_add import (
 from warpmap_site.harness import Case, Prepared, compiled
 
 HALF = torch.float16
-VALUES = 2**19  # running sums of 1 and -1 stay far below 2048
+VALUES = 2**16  # so few, since those that meet take microseconds each
 
 
 def vectors(n: int) -> tuple[Tensor, Tensor]:

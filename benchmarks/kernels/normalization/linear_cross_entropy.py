@@ -14,7 +14,7 @@ from warpmap.kernels.normalization.linear_cross_entropy import (
 from warpmap_site.harness import Case, compiled, optional
 
 C, V = 4096, 128256  # of Llama 3 8B
-TOKENS = (4096, 8192, 16384)
+TOKENS = (4096, 8192)
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

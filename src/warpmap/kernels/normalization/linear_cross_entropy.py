@@ -148,6 +148,8 @@ def _(hidden, weight, target, ignore_index, mean, chunk, *wants):
 
 def _keep(ctx, inputs, output):
     _, dhidden, dweight = output
+    # no zeros, as large as both, for gradients that nobody has
+    ctx.set_materialize_grads(False)
     ctx.wants = inputs[-2:]
     ctx.save_for_backward(dhidden, dweight)
     ctx.mark_non_differentiable(dhidden, dweight)

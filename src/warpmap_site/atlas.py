@@ -146,13 +146,22 @@ class Atlas:
             visit(topic)
         return list(done.values())
 
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """How many topics the longest chain before each topic has."""
+        found: dict[str, int] = {}
+        for topic in self.reading_order:
+            before = [found[path] for path in topic.meta.builds_on]
+            found[topic.path] = 1 + max(before, default=-1)
+        return found
+
     def _column(self, topic: Topic) -> int:
         sections = list(self.area_meta[topic.area].sections)
         return sections.index(topic.section.partition("/")[2])
 
     @cached_property
     def areas(self) -> list[Area]:
-        """Areas with their sections and topics, in reading order."""
+        """Areas with their sections; what needs least comes first in each."""
         areas = []
         for name in AREAS:
             if name not in self.area_meta:
@@ -161,7 +170,10 @@ class Atlas:
             sections = []
             for folder, title in meta.sections.items():
                 path = f"{name}/{folder}"
-                topics = [t for t in self.reading_order if t.section == path]
+                topics = sorted(
+                    (t for t in self.topics.values() if t.section == path),
+                    key=lambda t: (self.depths[t.path], t.title),
+                )
                 if topics:
                     sections.append(Section(path, title, topics))
             areas.append(Area(name, meta, sections))

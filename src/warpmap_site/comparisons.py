@@ -212,19 +212,24 @@ def comparison_html(rows: Sequence[Row], key: str, heading: str) -> str:
 def _silent(rows: Sequence[Row], key: str, heading: str) -> str:
     """Peers that were not measured, and why."""
     said: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], str] = {}
     for row in rows:
         for how in ("missing", "failed"):
             if how in row:
-                reason = (f"{row['implementation']} {how}", row[how])
-                said.setdefault(reason, []).append(number(row[key]))
+                # the numbers in a reason differ from shape to shape
+                who = f"{row['implementation']} {how}"
+                kind = who, row[how].partition(":")[0]
+                said.setdefault(kind, []).append(number(row[key]))
+                reasons.setdefault(kind, row[how])
     if not said:
         return ""
     shapes = len({row[key] for row in rows})
     lines = ""
-    for (who, why), where in said.items():
+    for kind, where in said.items():
+        who = kind[0]
         if len(where) < shapes:
             who += f" ({heading} {', '.join(where)})"
-        lines += f"<li>{html.escape(f'{who}: {why}')}</li>"
+        lines += f"<li>{html.escape(f'{who}: {reasons[kind]}')}</li>"
     return f'<ul class="wm-record-silent">{lines}</ul>'
 
 

@@ -79,6 +79,7 @@ def test_agrees_with_torch(attention, shape):
     torch.testing.assert_close(attention(q, k, v), torch_attention(q, k, v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_agree_with_torch_and_with_finite_differences(shape):
     leaves = [x.requires_grad_() for x in inputs(shape, torch.float64)]

@@ -278,6 +278,7 @@ def test_longest_exponential_answer_is_a_harmonic_sum(batch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4, 32])
 def test_longest_uniform_answer_is_n_over_n_plus_1_of_the_most(batch):
     chance = random.Random(4)

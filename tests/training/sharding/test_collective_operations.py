@@ -207,6 +207,7 @@ def longest_chain(logs, weight):
     return max(clocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", ALL_REDUCES)
 @pytest.mark.parametrize("size", WORLDS)
 def test_every_shape_and_dtype_is_summed(ranks, size, operation):
@@ -214,6 +215,7 @@ def test_every_shape_and_dtype_is_summed(ranks, size, operation):
     check(ranks(size), operation, cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", ALL_REDUCES)
 @pytest.mark.parametrize("size", WORLDS)
 def test_strided_views_are_summed(ranks, size, operation):

@@ -54,6 +54,7 @@ def test_littles_law_agrees_with_watching_the_server():
     assert mean_concurrency(log) == pytest.approx(np.mean(watched), rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
 def test_one_token_answers_wait_as_in_an_m_d_1_queue(load):
     """Pollaczek and Khinchine: W = load * service / (2 (1 - load))."""

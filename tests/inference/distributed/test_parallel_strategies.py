@@ -582,6 +582,7 @@ def name_of(case):
     return f"{kind}: {', '.join(ways)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_ranks_hold_send_and_compute_what_is_planned(ranks, case):
     c, split = TINY[case[0]], case[1]

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 from warpmap import __version__
 from warpmap_site import launching
@@ -282,6 +282,46 @@ def run(topic: TopicName) -> None:
     if done.returncode and importlib.util.find_spec("torch") is None:
         fail("there is no torch here: pip install -e '.[gpu]'", done.returncode)
     raise typer.Exit(done.returncode)
+
+
+@app.command()
+def train(
+    model: Annotated[
+        Literal["house-model"], typer.Argument(help="What to train.")
+    ],
+    size: Annotated[
+        Literal["target", "draft", "tiny"] | None,
+        typer.Option(help="By default target on a GPU, else tiny."),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keeps checkpoints and the model; build/house-SIZE if none."
+        ),
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of Python files to read, not Python's own library.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+) -> None:
+    """Train a small model on Python's standard library.
+
+    A run that was stopped goes on where its last checkpoint was.
+    """
+    needs("gpu", "torch", "safetensors")
+    from warpmap_site.training import train_and_tell
+
+    try:
+        train_and_tell(size, folder, corpus, typer.echo)
+    except (ValueError, ArithmeticError, OSError) as error:
+        fail("\n".join([str(error), *getattr(error, "__notes__", [])]), 1)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; the same command goes on", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()

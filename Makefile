@@ -10,11 +10,14 @@ GPU_RECORDS ?= gpu$(if $(filter-out 1,$(GPUS)),-x$(GPUS))
 
 SITE := .venv/site/bin
 TEST := .venv/test/bin
+# two processes, of one thread each
+PYTEST := OMP_NUM_THREADS=1 $(TEST)/python -m pytest src tests \
+    -n 2 --dist worksteal
 
 export NO_MKDOCS_2_WARNING := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help serve test check lint types site browser wheel gpu bench sanitize labs bundle clean
+.PHONY: help serve test slow check lint types site browser wheel gpu bench sanitize labs bundle clean
 .NOTPARALLEL:
 
 help: ## say what there is to make
@@ -27,9 +30,11 @@ serve: .venv/site/ready bundle ## serve the site on http://127.0.0.1:8000
 	    echo "make serve: stopped, see above. Is the address in use? Another:" \
 	        "make serve ADDRESS=127.0.0.1:8001" >&2; exit 1; }
 
-test: .venv/test/ready ## run every test that needs no browser
-	$(TEST)/python -m pytest src tests -n 2 --dist worksteal \
-	    --report docs/records/cpu/tests.json
+test: .venv/test/ready ## run the tests, but for those marked slow
+	$(PYTEST) -m "not slow" --report docs/records/cpu/tests.json
+
+slow: .venv/test/ready ## run the tests marked slow: site builds, processes
+	$(PYTEST) -m slow
 
 # with what the machine has: nothing is installed
 gpu: ## run the tests on the machine's own PyTorch and GPU; GPUS=4 for four
@@ -58,7 +63,7 @@ clean: ## remove all that make made, .venv too
 
 # -- for contributors ----------------------------------------------------------
 
-check: lint types test site browser wheel ## all that must pass
+check: lint types test slow site browser wheel ## all that must pass
 	@echo "make check: everything passed"
 
 lint: .venv/test/ready-dev ## ruff, codespell, actionlint, zizmor

@@ -4,6 +4,7 @@
 out. ``--report FILE`` writes what passed, for the pages to show.
 """
 
+import contextlib
 import random
 import shutil
 import sys
@@ -30,12 +31,18 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"--gpu {promised} was promised, but PyTorch sees {gpu_count()}"
         )
+    with contextlib.suppress(ModuleNotFoundError):
+        # first, to interpret kernels: Transformers imports Triton as it is
+        from warpmap.kernels import triton  # noqa: F401
     path = config.getoption("--report")
     if path and not hasattr(config, "workerinput"):  # of pytest-xdist
         config.pluginmanager.register(Report(path))
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "site" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")  # it builds the whole site
     needs = {"gpu": 1, "multi_gpu": 2}
     marked = [i for i in items if any(i.get_closest_marker(m) for m in needs)]
     seen = gpu_count() if marked else 0

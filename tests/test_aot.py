@@ -43,6 +43,7 @@ def test_autotuned_kernels_compile():
     assert done.opcodes["EXIT"] >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "constexprs", "message"),
     [

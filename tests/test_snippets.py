@@ -23,18 +23,25 @@ def runs_on(path):
     return yaml.safe_load(page.split("---")[1])["runs_on"]
 
 
+def topic(file):
+    return file.relative_to(ROOT / "snippets").with_suffix("").as_posix()
+
+
+def on_four(file):
+    return "multi-gpu" in runs_on(topic(file))
+
+
 @pytest.mark.parametrize(
     "file",
     [
         pytest.param(
-            f, id=f.relative_to(ROOT / "snippets").with_suffix("").as_posix()
+            f, id=topic(f), marks=pytest.mark.slow if on_four(f) else ()
         )
         for f in SNIPPETS
     ],
 )
 def test_snippet_prints_what_it_promises(file, capsys):
-    path = file.relative_to(ROOT / "snippets").with_suffix("").as_posix()
-    if "multi-gpu" in runs_on(path):
+    if on_four(file):
         out = run_on_four(file)
     else:
         runpy.run_path(str(file), run_name="__main__")

@@ -46,6 +46,7 @@ def return_a_lock():
     return threading.Lock()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_every_rank_runs_the_function_once(ranks, size):
     answers = ranks(size).run(who_and_where, "x")
@@ -94,6 +95,7 @@ def test_a_rank_that_dies_is_named(ranks):
     assert ranks(2).run(total_of_ranks) == [[1.0, 1.0, 1.0]] * 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_its_line(ranks):
     ranks(3).run(hang_on, None)  # all have loaded this file
     start = time.monotonic()

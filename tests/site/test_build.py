@@ -7,6 +7,7 @@ from building import Anatomy, build, dead_links
 from made_up import write_repository
 
 
+@pytest.mark.slow
 def test_no_dead_link_or_anchor(site):
     assert dead_links(site) == []
 
@@ -22,6 +23,7 @@ def test_a_dead_link_would_be_found(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_pages_load_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         for address in Anatomy(page).loads:
@@ -44,6 +46,7 @@ def test_search_knows_titles_aliases_and_symbols(site):
     assert f"reference/{softmax}" in places("softmax_reference")
 
 
+@pytest.mark.slow
 def test_title_may_hold_quotes_and_a_colon(tmp_path):
     title = json.dumps('A GPU\'s memory: "fast"')  # JSON is YAML
     topics = {"kernels/basics/softmax": {"title": title}}
@@ -53,6 +56,7 @@ def test_title_may_hold_quotes_and_a_colon(tmp_path):
     assert dead_links(tmp_path / "site") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [

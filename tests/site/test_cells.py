@@ -100,6 +100,7 @@ def test_archive_holds_what_a_calculator_calls(tmp_path):
     assert f"warpmap/{PATH}.py" in members(tmp_path, load_atlas(tmp_path))
 
 
+@pytest.mark.slow
 def test_archive_and_notebooks_are_the_same_bytes_each_time(tmp_path):
     assert archive(ROOT, ATLAS) == archive(ROOT, ATLAS)
     assert notebook(ROOT, TOPICS[0]) == notebook(ROOT, TOPICS[0])
@@ -286,6 +287,7 @@ def test_site_holds_notebooks_and_archive(site):
     assert zipfile.is_zipfile(site / "assets/modules.zip")
 
 
+@pytest.mark.slow
 def test_site_builds_without_a_bundle(tmp_path):
     write_repository(tmp_path, {PATH: {"runs_on": "browser"}})
     package = tmp_path / "bare/warpmap_site"

@@ -203,6 +203,7 @@ def test_run_needs_nothing_of_the_site(clone):
     assert (done.returncode, done.stdout) == (0, "42\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_run_starts_several_processes(tmp_path):
     write_repository(tmp_path, {SOFTMAX: {"runs_on": "cpu, multi-gpu"}})
     (tmp_path / f"snippets/{SOFTMAX}.py").write_text(
@@ -270,6 +271,7 @@ def test_serve_says_that_a_port_is_in_use(clone, option):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_serve_ends_all_where_the_site_cannot_be_built(tmp_path):
     write_repository(tmp_path, {SOFTMAX: {"kind": "poem"}})
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -282,6 +284,7 @@ def test_serve_ends_all_where_the_site_cannot_be_built(tmp_path):
     assert list(tmp_path.glob("warpmap-*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_serve_leaves_no_process_behind(clone, tmp_path, number):

@@ -522,6 +522,7 @@ def repository(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_made_up_calculator_builds(repository):
     done = build(repository, repository / "site")
     assert done.returncode == 0, done.stderr
@@ -529,6 +530,7 @@ def test_made_up_calculator_builds(repository):
     assert 'data-function="warpmap.kernels.basics.softmax.double_cal' in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "old", "new", "says"),
     [

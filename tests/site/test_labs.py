@@ -47,6 +47,7 @@ def test_a_lab_is_small(lab):
     assert lab.file.stat().st_size < 300_000
 
 
+@pytest.mark.slow
 @each_runnable_lab
 def test_running_it_again_changes_no_byte(lab):
     assert labs.run(ROOT, lab) == lab.file.read_text("utf-8")
@@ -187,6 +188,7 @@ def test_page_links_to_pages_and_names_headings():
 # -- the record ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lab",
     [lab for lab in RUNNABLE if lab.file.stem == "softmax_to_roofline"],

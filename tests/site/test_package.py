@@ -40,12 +40,14 @@ def test_importing_the_package_imports_no_torch():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_torch_topics_import_no_triton():
     module = "warpmap.models.attention.grouped_query_attention"
     done = python(f"import sys, {module}; assert 'triton' not in sys.modules")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_missing_triton_is_said_in_one_line():
     done = python(
         "import sys; sys.modules['triton'] = None;"

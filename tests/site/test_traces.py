@@ -216,6 +216,7 @@ def test_what_runs_later_does_not_count_as_an_import(module):
     assert impure_imports("made_up_trace") == []
 
 
+@pytest.mark.slow
 def test_fence_fails_the_build_by_name(tmp_path):
     path = "kernels/basics/softmax"
     write_repository(tmp_path, {path: {}})

@@ -237,6 +237,7 @@ def test_products_agree_with_float64(fmt):
     assert (y.double() - exact).abs().le(eps * size).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_measures_on_this_machine(inputs):
     rate, said = measure(Shape(128, 128, 128), "fp32", inputs, calls=12)

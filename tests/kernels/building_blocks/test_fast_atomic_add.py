@@ -290,6 +290,7 @@ def test_a_mistake_in_dot_is_caught(fault, tmp_path):
 # What the compilers make of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_triton_adds_pairs_in_the_cache_and_loops_only_at_the_ends(dtype):
     kernel = compile_sm90a(

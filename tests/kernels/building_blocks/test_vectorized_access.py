@@ -227,6 +227,7 @@ def check_width(kernel, width):
     assert memory == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "packs"), [*((w, "i32") for w in WIDTHS), (16, "i64")]
 )

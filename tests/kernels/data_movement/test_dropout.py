@@ -224,6 +224,7 @@ def check_random(op):
         assert off(int((mask & other).sum()), n, share**2) < 5
 
 
+@pytest.mark.slow
 def test_rates_are_binomial_and_neighbours_not_correlated():
     check_random(dropout)
 
@@ -249,6 +250,7 @@ def test_bad_input_is_refused_by_name(x, options, message):
         dropout(x, **options)
 
 
+@pytest.mark.slow
 def test_the_operator_is_registered_as_torch_wants_it():
     seed = torch.tensor([3], device=DEVICE)
     for x in (normal((4, 5)), normal((4, 5)).T):

@@ -132,6 +132,7 @@ def test_agrees_with_torch_in_every_bit(shape, size, layout):
     check_forward(upsample_nearest, normal(shape, layout=layout), size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("shape", "size"), CASES, ids=str)
 def test_gradient_agrees_with_float64(shape, size, layout):
@@ -194,6 +195,7 @@ def test_bad_input_is_refused_by_name(x, size, message):
         upsample_nearest(x, size)
 
 
+@pytest.mark.slow
 def test_operators_are_registered_as_torch_wants_them():
     ops = torch.ops.warpmap
     x = normal((1, 2, 3, 4), layout="last").requires_grad_()
@@ -347,6 +349,7 @@ def test_64_bit_division_is_left_to_large_tensors():
     assert global_memory(small) == global_memory(large)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D", [1, 64])
 def test_gather_stores_16_bytes_at_a_time(D):
     sizes = ("H", "W", "H_out", "W_out") + (("D",) if D > 1 else ())

@@ -455,6 +455,7 @@ def compiled(H, Hkv, D, R, dtype, interleaved):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("H", "Hkv", "D", "R", "dtype", "interleaved"),
     [

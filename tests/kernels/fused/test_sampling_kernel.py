@@ -76,6 +76,7 @@ def check_support(x, wrong=module, **numbers):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.sanitize
 @pytest.mark.parametrize("numbers", FILTERS, ids=str)
 def test_the_support_is_that_of_float64(numbers):
@@ -112,11 +113,13 @@ def check_counts(op, M, N, **numbers):
     assert chi_square(tokens, p) < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [{}, {"top_p": 0.7}], ids=str)
 def test_counts_follow_the_probabilities(numbers):
     check_counts(sample, 40 if numbers else 120, 6, **numbers)
 
 
+@pytest.mark.slow
 def test_what_is_drawn_after_refusals_follows_them_too():
     # few of the tokens are allowed: not all rows settle for a first draw
     check_counts(sample, 30, 40, top_k=3)
@@ -164,6 +167,7 @@ def test_temperature_zero_takes_the_first_of_the_largest():
     check_greedy(sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_dtype_and_extreme_logits(dtype):
     x = torch.tensor([[-6e4, 6e4, -INF], [-INF, -6e4, -INF]]).to(DEVICE, dtype)
@@ -262,6 +266,7 @@ def test_the_kernels_pass_the_checks_that_faults_must_fail():
     checks(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_mistake_is_caught(fault, tmp_path):
     wrong = mutant(module, *FAULTS[fault], tmp_path)
@@ -272,6 +277,7 @@ def test_a_mistake_is_caught(fault, tmp_path):
 # What the compiler makes of the kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["pieces", "draw", "judge", "settle"])
 def test_nothing_spills_and_loads_are_wide(name, dtype):

@@ -417,6 +417,7 @@ def memory(kernel, name):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("N", "dtype"), [(1024, "bf16"), (4096, "fp32"), (MAX_COLS, "bf16")]
 )
@@ -437,6 +438,7 @@ def test_forward_fits_in_registers_and_moves_16_bytes_at_a_time(N, dtype):
     assert memory(kernel, "STG") == {128, 32}  # mean and rstd: 4 bytes a row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("N", "dtype"),
     [

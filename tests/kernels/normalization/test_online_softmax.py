@@ -428,6 +428,7 @@ def test_a_mistake_in_the_backward_kernel_is_caught(fault, tmp_path):
 # What the compiler makes of the kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("direction", "row_bytes", "dtype"),
     [

@@ -549,6 +549,7 @@ def memory(kernel, name):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("N", "dtype", "add"),
     [
@@ -573,6 +574,7 @@ def test_forward_fits_in_registers_and_moves_16_bytes_at_a_time(N, dtype, add):
     assert loads[128] >= 2 * stores[128] // (1 + add)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("N", "dtype", "add"),
     [

@@ -368,6 +368,7 @@ COMPILED += [("fwd", "bf16", LONGEST), ("fwd", "fp32", LONG)]
 COMPILED += [("bwd", "bf16", LONG), ("bwd", "fp32", LONG)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("direction", "dtype", "N"), COMPILED)
 def test_fits_in_registers_and_moves_16_bytes_at_a_time(direction, dtype, N):
     kernel = compiled(direction, N, dtype)

@@ -363,6 +363,7 @@ def memory(kernel):
     return {o: n for o, n in kernel.opcodes.items() if o.startswith(kinds)}
 
 
+@pytest.mark.slow
 def test_add_moves_16_bytes_where_16_divides_everything():
     wide = {"LDG.E.128": 4, "STG.E.128": 2}
     single = {"LDG.E": 16, "STG.E": 8}
@@ -376,6 +377,7 @@ def test_add_moves_16_bytes_where_16_divides_everything():
     assert eight.spills == compiled_add().spills == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("N", [64, 4096, MAX_COLS])
 def test_row_max_reads_a_row_once_and_keeps_it_in_registers(N):
     BLOCK_M, warps = max(1, 2048 // N), max(4, min(16, N // 1024))

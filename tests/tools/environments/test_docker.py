@@ -311,6 +311,7 @@ def test_image_has_what_triton_compiles_with():
     assert "--no-install-recommends gcc libc6-dev" in apt
 
 
+@pytest.mark.slow
 def test_command_is_one_that_pytest_understands():
     last = {i.keyword: i.arguments for i in parse(DOCKERFILE)}
     command = json.loads(last["ENTRYPOINT"]) + json.loads(last["CMD"])

@@ -81,7 +81,7 @@ site: .venv/site/ready bundle ## build the site strictly, into site/
 	$(SITE)/mkdocs build --strict --quiet
 
 browser: .venv/test/ready-dev bundle ## test the site in a headless Chromium
-	$(TEST)/python -m pytest tests/browser
+	$(TEST)/python -m pytest tests/browser -n 2 --dist worksteal
 
 wheel: .venv/test/ready-dev bundle ## build the wheel, try it where nothing else is
 	rm -rf build/lib build/bdist.* build/wheel build/clean && mkdir -p build

@@ -28,6 +28,7 @@ def test_a_block_that_does_not_fit_is_seen_to_spill():
     assert large.stack > 0
 
 
+@pytest.mark.slow
 def test_alignment_decides_how_wide_the_loads_are():
     wide, narrow = hoard(4096, 4), hoard(4096, 4, n="i32")
     assert wide.opcodes["LDG.E.128"] == wide.opcodes["STG.E.128"] == 8

@@ -58,6 +58,7 @@ def test_the_script_is_installed():
     assert re.fullmatch(r"warpmap \d+\.\d+\.\d+\n", done.stdout)
 
 
+@pytest.mark.slow
 def test_every_command_says_what_it_does(clone):
     overview = warpmap(clone, "--help").stdout
     names = re.findall(

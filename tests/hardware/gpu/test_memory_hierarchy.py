@@ -255,6 +255,7 @@ def test_bad_input_is_named(call, says):
         call()
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_kernels_wait_for_each_load_and_read_16_bytes():
     from aot import compile_cuda

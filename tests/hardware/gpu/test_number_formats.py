@@ -129,6 +129,7 @@ def test_codes_of_float32_stand_for_what_torch_says():
             assert encode(FP32, x) == code % 2**32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FP8 E5M2", "FP8 E4M3"])
 def test_every_16_bit_float_becomes_the_code_that_torch_makes(name):
     check_encode(encode, name, all_16_bit_floats())

@@ -168,6 +168,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_a_wrong_cache_is_caught(fault):
     make, ragged = FAULTS[fault]

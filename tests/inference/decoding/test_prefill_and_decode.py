@@ -78,6 +78,7 @@ def drawn(seed):
     ).squeeze(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", range(3), ids=["growing", "static", "ring"])
 @pytest.mark.parametrize("make", [lambda: greedy, lambda: drawn(3)])
 def test_every_logit_equals_a_full_pass(which, make):

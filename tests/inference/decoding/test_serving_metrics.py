@@ -43,6 +43,7 @@ def test_goodput_needs_both_promises():
     assert goodput(log, ttft_limit=3.0, tpot_limit=3.0) == 3 / 4
 
 
+@pytest.mark.slow
 def test_littles_law_agrees_with_watching_the_server():
     arrivals = poisson(3.0, 300)
     log = simulate(arrivals, 20, 0.05, 0.01, 0.001, max_batch=8)

@@ -332,6 +332,7 @@ def test_dot_reads_16_bytes_at_a_time_and_adds_once():
     assert adds == {"REDG.E.ADD.F32.FTZ.RN.STRONG.GPU": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_one_half_is_a_loop_and_a_pair_an_instruction():
     kernels = compile_cuda(Path(module.__file__).with_suffix(".cu"))

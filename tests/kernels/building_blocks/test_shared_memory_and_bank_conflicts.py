@@ -298,6 +298,7 @@ def test_bad_input_is_named(call, says):
         call()
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_kernels_repeat_one_instruction_of_the_promised_width():
     from aot import compile_cuda

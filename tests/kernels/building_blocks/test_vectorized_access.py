@@ -243,6 +243,7 @@ def test_triton_loads_and_stores_whole_packs(width, packs):
     check_width(kernel, width)
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_cuda_loads_and_stores_whole_packs():
     kernels = compile_cuda(Path(module.__file__).with_suffix(".cu"))

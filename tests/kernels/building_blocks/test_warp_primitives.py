@@ -349,6 +349,7 @@ def test_the_module_runs_where_there_is_no_torch():
 # What the compilers make of it
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_compiles_to_the_instructions_that_the_page_counts():
     kernels = compile_cuda(Path(module.__file__).with_suffix(".cu"))

@@ -258,6 +258,7 @@ def test_the_operator_is_registered_as_torch_wants_it():
         torch.library.opcheck(torch.ops.warpmap.dropout.default, arguments)
 
 
+@pytest.mark.slow
 def test_compiles_with_its_gradient_in_one_graph():
     def loss(x):
         return (dropout(x * 2, 0.5, seed=4) ** 2).sum()
@@ -323,6 +324,7 @@ def test_a_mistake_is_caught(fault, tmp_path):
         checks(wrong.dropout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["a word twice", "every tile the same"])
 def test_what_is_not_random_fails_the_tests_of_randomness(fault, tmp_path):
     wrong = mutant(module, *FAULTS[fault], tmp_path)

@@ -478,6 +478,7 @@ def test_a_column_is_loaded_once_a_row():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_cuda_rungs_are_as_wide_as_they_say():
     kernels = compile_cuda(Path(module.__file__).with_suffix(".cu"))

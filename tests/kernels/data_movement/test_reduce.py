@@ -414,6 +414,7 @@ def test_every_rung_adds_in_an_order_that_keeps_its_bound(rung):
 # What the compilers make of it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_triton_loads_16_bytes_at_a_time_and_fills_an_sm(dtype):
     itemsize = 4 if dtype == "fp32" else 2

@@ -311,6 +311,7 @@ def test_a_mistake_in_the_kernel_is_caught(fault, tmp_path, monkeypatch):
 # What the compiler makes of it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_reads_and_writes_16_bytes_at_a_time_four_programs_on_an_sm(dtype):
     BLOCK, GROUP, num_warps = _tile(2**28)

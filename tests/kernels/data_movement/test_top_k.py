@@ -282,6 +282,7 @@ def test_the_row_is_read_16_bytes_at_a_time():
     assert 4 * kernel.threads * kernel.registers <= 65536
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "candidates"), [(0, 16384), (32, 8192)])
 def test_the_most_candidates_fit_in_registers(size, candidates):
     BLOCK, num_warps = _select_tile(candidates)
@@ -298,6 +299,7 @@ def test_the_most_candidates_fit_in_registers(size, candidates):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("N", "k"), [(7, 7), (40, 1), (256, 8), (1024, 16)])
 def test_a_short_row_stays_in_its_warp(N, k):
     # Triton 3.6 reduces wrongly after a reshape, over lanes of other rows

@@ -322,6 +322,7 @@ def global_memory(kernel):
     return {n: c for n, c in kernel.opcodes.items() if n.startswith(names)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_twice_moves_16_bytes_of_the_large_image_at_a_time(dtype):
     forward = compiled_repeat("fwd", dtype, 2, 2)
@@ -335,6 +336,7 @@ def test_twice_moves_16_bytes_of_the_large_image_at_a_time(dtype):
     assert not shuffles & {*forward.opcodes, *backward.opcodes}
 
 
+@pytest.mark.slow
 def test_other_whole_scales_do_not_spill():
     for direction in ("fwd", "bwd"):
         for SH, SW in ((1, 1), (8, 8)):
@@ -378,6 +380,7 @@ def test_gather_stores_16_bytes_at_a_time(D):
             }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_sizes_of_1_which_a_launch_makes_constants_compile(direction):
     names = {"fwd": ("x", "y"), "bwd": ("dy", "dx")}[direction]

@@ -329,6 +329,7 @@ def test_operator_is_registered_as_torch_wants_it():
     torch.library.opcheck(op, (*args, anywhere(2, 5), True, False))
 
 
+@pytest.mark.slow
 def test_compiles_with_its_gradient_in_one_graph():
     def loss(q, k, cos, sin):
         a, b = rope(q * 2, k, cos, sin)
@@ -343,6 +344,7 @@ def test_compiles_with_its_gradient_in_one_graph():
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.sanitize
 def test_every_kernel_runs_at_its_edges():
     for D, R in ((128, 128), (80, 20)):

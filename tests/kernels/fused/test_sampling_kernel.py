@@ -262,6 +262,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_the_kernels_pass_the_checks_that_faults_must_fail():
     checks(module)
 

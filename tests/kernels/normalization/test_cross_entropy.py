@@ -503,6 +503,7 @@ def compiled(direction, N, dtype, smooth=False):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_forward_has_the_loads_exps_and_programs_that_the_page_promises(
@@ -519,6 +520,7 @@ def test_forward_has_the_loads_exps_and_programs_that_the_page_promises(
     assert at_once >= (4 if smooth else 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_backward_moves_16_bytes_at_a_time(dtype):
     kernel = compiled("bwd", 128256, dtype)

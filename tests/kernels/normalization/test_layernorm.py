@@ -284,6 +284,7 @@ def test_bad_input_is_refused_by_name(changed, message):
         layernorm(**given)
 
 
+@pytest.mark.slow
 def test_operators_are_registered_as_torch_wants_them():
     x, weight, bias, dy = matrices((3, 20))
     for t in (x, weight, bias):
@@ -326,6 +327,7 @@ def test_every_kernel_runs_once():
 # Faults: the checks above must see every one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_wrong_result_is_caught(fault):
     x, weight, bias, dy = matrices((4, 60))

@@ -309,6 +309,7 @@ def test_operators_are_registered_as_torch_wants_them():
     torch.library.opcheck(ops.scale.default, (x, factor))
 
 
+@pytest.mark.slow
 def test_compiles_with_its_gradients_in_one_graph():
     inputs = made()
     compiled = torch.compile(

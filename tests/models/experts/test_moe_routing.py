@@ -361,6 +361,7 @@ def test_small_mixture_follows_the_gradients_of_torch(
         assert abs(a - b) < 1e-9
 
 
+@pytest.mark.slow
 def test_without_balance_experts_idle_and_with_it_none_does():
     ends = {mode: train(mode, strength)[-1] for mode, strength in MODES}
     assert all(sum(load) == 64 for load in ends.values())

@@ -239,6 +239,7 @@ def test_weights_agree_by_module(name):
     assert {part: m.total for part, m in got.items()} == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "small"])
 def test_forward_agrees_by_module_with_pytorch(name):
     """The whole model, on the meta device, on a sequence of 12 tokens."""

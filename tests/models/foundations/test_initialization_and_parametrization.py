@@ -233,6 +233,7 @@ def test_sizes_grow_with_the_powers_foretold(rule, powers):
             assert powers[rule] != pytest.approx(wrong, abs=0.2)
 
 
+@pytest.mark.slow
 def test_wide_ntk_networks_stand_still_under_gradient_descent():
     """By the root of the width; a step of the plain gradient."""
     moved = []

@@ -69,6 +69,7 @@ def frozen(model, tokens, depths):
     return [*streams, x]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_a_threshold_that_never_fires_gives_the_model_bit_for_bit(dtype):
     model, tokens = make_model(dtype), some_tokens(3)

@@ -283,6 +283,7 @@ def in_order(excerpt, code):
     return all(line in rest for line in excerpt)
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 def test_the_page_shows_what_nvcc_and_ptxas_make_of_the_source(tmp_path):
     import triton

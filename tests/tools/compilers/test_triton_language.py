@@ -393,6 +393,7 @@ def test_row_max_reads_a_row_once_and_keeps_it_in_registers(N):
     assert kernel.opcodes["LDG.E.128"] == loads
 
 
+@pytest.mark.slow
 def test_a_half_product_goes_through_shared_memory_to_the_tensor_cores():
     kernel = compiled_matmul("fp16")
     assert kernel.spills == kernel.stack == 0

@@ -269,6 +269,7 @@ def generation_seconds(lengths, batch):
     return run.updates[-1] / len(run.updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4, 32])
 def test_longest_exponential_answer_is_a_harmonic_sum(batch):
     lengths = draw_lengths(batch * 1500, 4000, 1, 10**9, 3)

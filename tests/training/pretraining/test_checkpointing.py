@@ -112,6 +112,7 @@ def train_until_killed(folder, line):
         sys.settrace(None)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(ranks, tmp_path):
     [(whole, lines)] = ranks(1).run(train_until_killed, tmp_path / "whole", 0)
     folder, kills = tmp_path / "killed", 0
@@ -217,6 +218,7 @@ def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     assert events == ["fsync", "replace", *folder]
 
 
+@pytest.mark.slow
 def test_every_truncated_file_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, 1, {"w": torch.arange(4.0)})
     data = path.read_bytes()
@@ -230,6 +232,7 @@ def test_every_truncated_file_is_refused(tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_refused_and_torch_takes_some(tmp_path):
     path = save_checkpoint(tmp_path, 1, {"w": torch.arange(64.0)})
     data = bytearray(path.read_bytes())

@@ -5,12 +5,15 @@ CUDA graph, so that the GPU's time is seen. Without a cache, the step reads
 the whole text again.
 """
 
-import statistics
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.inference.decoding.prefill_and_decode import (
+    captured,
+    milliseconds,
+)
 from warpmap.inference.decoding._two_stages import pass_seconds, pass_work
 from warpmap.inference.decoding.kv_cache import (
     GrowingCache,
@@ -24,7 +27,6 @@ from warpmap.models.foundations.decoder_only import Decoder, DecoderConfig
 LENGTHS = (512, 2048, 8192, 32768)
 WINDOW = 1024
 BATCH = 8
-ROUNDS = 5
 VOCAB = 32000
 CONFIG = DecoderConfig(VOCAB, 4096, 4, 32, 8, 14336, tied=False)
 SHAPE = ModelConfig(
@@ -32,35 +34,6 @@ SHAPE = ModelConfig(
     kv_heads=8, vocab_size=VOCAB, max_context=0, head_dim=128,
     intermediate_size=14336,
 )  # fmt: skip
-
-
-def milliseconds(work: Callable[[], object], runs: int) -> float:
-    """Median over rounds of the mean of some runs, by CUDA events."""
-    work()
-    times = []
-    for _ in range(ROUNDS):
-        first = torch.cuda.Event(enable_timing=True)
-        last = torch.cuda.Event(enable_timing=True)
-        first.record()
-        for _ in range(runs):
-            work()
-        last.record()
-        last.synchronize()
-        times.append(first.elapsed_time(last) / runs)
-    return statistics.median(times)
-
-
-def graph_milliseconds(work: Callable[[], object]) -> float:
-    """The same for one CUDA graph of the work."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return milliseconds(graph.replay, 10)
 
 
 def caches(length: int) -> dict[str, KVCache]:
@@ -138,7 +111,9 @@ def rows() -> list[dict]:
         made = caches(length)
         for name, cache in made.items():
             row[f"{name}_mb"] = round(cache.nbytes / 1e6, 1)
-            spent = graph_milliseconds(step(model, text[:, :1], cache))
+            graph = captured(step(model, text[:, :1], cache))
+            spent = milliseconds(graph.replay, 10)
+            del graph  # it keeps memory of its own
             row[f"{name}_ms"] = round(spent, 3)
             held = min(length, WINDOW - 1) if name == "ring" else length
             work = pass_work(SHAPE, BATCH, held=held, new=1)

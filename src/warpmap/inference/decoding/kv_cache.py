@@ -33,9 +33,6 @@ class KVCache:
         device: Where keys and values are; else where ``pads`` is, or the CPU.
     """
 
-    window: int | None = None
-    """How far back a token sees, itself included; None for all the way."""
-
     def __init__(
         self,
         layers: int,
@@ -56,6 +53,11 @@ class KVCache:
         self.pads = None if pads is None else pads.to(self.device)
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
+
+    @property
+    def window(self) -> int | None:
+        """How far back a token sees, itself included; None for all the way."""
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -209,7 +211,7 @@ class RingCache(StaticCache):
     """
 
     @property
-    def window(self) -> int:  # type: ignore[override]
+    def window(self) -> int:
         """How far back a token sees, itself included."""
         return self.capacity
 

@@ -172,9 +172,8 @@ class AccumulatingLinear(nn.Linear):
         """``(..., in)`` to ``(..., out)``; two dimensions at least."""
         if self.main_grad is None or not self.weight.requires_grad:
             return super().forward(x)
-        y: Tensor = _Accumulate.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.main_grad
-        )
+        apply: Any = _Accumulate.apply  # which PyTorch leaves untyped
+        y: Tensor = apply(x, self.weight, self.main_grad)
         return y if self.bias is None else y + self.bias
 
 

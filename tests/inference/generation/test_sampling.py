@@ -36,7 +36,7 @@ REQUESTS = [
     Settings(temperature=0.7, top_p=0.9),
     Settings(temperature=1.5, top_k=12, top_p=0.8, min_p=0.1),
     Settings(
-        bias={0: 2.5, 3: -1.25, 8: -math.inf},
+        bias={1: 2.5, 3: -1.25, 8: -math.inf},
         repetition_penalty=1.3,
         frequency_penalty=0.5,
         presence_penalty=0.25,
@@ -100,7 +100,7 @@ def test_agrees_with_transformers(hugging_face, request_, seed):
 
 
 def test_transformers_lines_them_up_as_the_page_says(hugging_face):
-    everything = Settings({0: 1.0}, 1.3, 0, 0, 1.5, 12, 0.9, 0.1)
+    everything = Settings({1: 1.0}, 1.3, 0, 0, 1.5, 12, 0.9, 0.1)
     names = [type(step).__name__ for step in hugging_face(everything)]
     assert names == [
         "SequenceBiasLogitsProcessor",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -279,10 +280,17 @@ class deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True)
+        # every tensor here is written before it is read: to fill it first
+        # would be hundreds of launches more a step
+        settings: Any = torch.utils.deterministic
+        self._filled = settings.fill_uninitialized_memory
+        settings.fill_uninitialized_memory = False
 
     def __exit__(self, *error: object) -> None:
         """Leave things as they were."""
         torch.use_deterministic_algorithms(self._before)
+        settings: Any = torch.utils.deterministic
+        settings.fill_uninitialized_memory = self._filled
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ PYTEST := OMP_NUM_THREADS=1 $(TEST)/python -m pytest src tests \
 
 export NO_MKDOCS_2_WARNING := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# uv installs in seconds what takes pip a minute; where pip looks, it looks
+# uv installs in seconds what takes pip a minute. It looks where pip looks.
 UV := uv==0.13.9
-$(foreach v,INDEX_URL EXTRA_INDEX_URL FIND_LINKS,\
+export UV_INDEX_STRATEGY ?= unsafe-best-match
+$(foreach v,INDEX_URL EXTRA_INDEX_URL FIND_LINKS CONSTRAINT,\
     $(if $(PIP_$v),$(eval export UV_$v ?= $(PIP_$v))))
 
 .PHONY: help serve test slow check lint types site browser wheel gpu bench sanitize labs bundle clean

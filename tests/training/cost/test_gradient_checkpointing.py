@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from warpmap import DEVICE
@@ -83,7 +85,8 @@ def gradients(model, layers, x):
     loss = model(x).square().mean()
     loss.backward()
     weights = nn.ModuleList(layers).parameters()
-    return [loss, x.grad, *(w.grad for w in weights), torch.rand(3)]
+    drawn = torch.rand(3, device=DEVICE)  # by the generator dropout uses
+    return [loss, x.grad, *(w.grad for w in weights), drawn]
 
 
 def equal(a, b):
@@ -182,7 +185,8 @@ def test_checks_catch(fault, monkeypatch):
         loss = WAYS["each layer"](layers)(x).square().mean()
     loss.backward()
     weights = nn.ModuleList(layers).parameters()
-    got = [loss, x.grad, *(w.grad for w in weights), torch.rand(3)]
+    drawn = torch.rand(3, device=DEVICE)
+    got = [loss, x.grad, *(w.grad for w in weights), drawn]
     assert not equal(got, want)
 
 
@@ -219,10 +223,68 @@ def test_frozen_weights_and_other_inputs_get_none():
     assert x.grad is None
 
 
-def test_a_weight_that_two_segments_share_sums_its_gradients():
+def test_a_weight_that_segments_share_sums_its_gradients():
     layer, x = chain(1)[0], tokens()
-    want = gradients(WAYS["plain"]([layer, layer]), [layer], x)
-    assert equal(gradients(in_segments([layer] * 2, [1, 1]), [layer], x), want)
+    want = gradients(WAYS["plain"]([layer] * 3), [layer], x)
+    for sizes in [1, 1, 1], [1, 2]:
+        model = in_segments([layer] * 3, sizes)
+        assert equal(gradients(model, [layer], x), want)
+    assert equal(gradients(nested([layer] * 3, 0), [layer], x), want)
+
+
+@pytest.mark.parametrize("way", ["each layer", "segments", "nested, one slot"])
+def test_each_weight_gets_its_gradient_once(way):
+    """On top of what is there; and hooks see it once, as in the plain run."""
+    layers, seen = chain(6), []
+    weights = list(nn.ModuleList(layers).parameters())
+    for w in weights:
+        w.register_hook(lambda grad: seen.append(grad.shape))
+        w.register_post_accumulate_grad_hook(lambda w: seen.append(w))
+    found = []
+    for model in WAYS["plain"](layers), WAYS[way](layers):
+        torch.manual_seed(9)
+        nn.ModuleList(layers).zero_grad()
+        for x in tokens(), tokens(requires_grad=False) + 1:
+            seen.clear()
+            model(x).square().mean().backward()
+            assert len(seen) == 2 * len(weights)
+        found.append([w.grad for w in weights])
+    assert equal(*found)
+
+
+def test_inputs_that_were_computed_pass_gradients_on():
+    layers, x = chain(2), tokens()
+    before = nn.Linear(16, 16).to(DEVICE)
+
+    def way(layer):
+        return lambda x: layer((y := before(x)) + 1) * y
+
+    want = gradients(way(layers[0]), [layers[0], before], x)
+    got = gradients(way(Recomputed(layers[0])), [layers[0], before], x)
+    assert equal(got, want)
+    assert want[1].abs().max() > 0
+
+
+def test_autograd_grad_through_a_checkpoint_raises():
+    layers, x = chain(3), tokens()
+    model = in_segments(layers, [1, 1, 1])
+    first, last = layers[0].up.weight, layers[2].up.weight
+    for wanted in [x], [x, first]:
+        with pytest.raises(RuntimeError, match=r"adds to the \.grad of all"):
+            torch.autograd.grad(model(x).sum(), wanted)
+        with pytest.raises(RuntimeError, match=r"adds to the \.grad of all"):
+            model(x).sum().backward(inputs=wanted)
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(model(x).sum(), first)
+    (none,) = torch.autograd.grad(model(x).sum(), first, allow_unused=True)
+    assert none is None
+    model(x).sum().backward(inputs=[first])
+    # none of that left something behind
+    weights = nn.ModuleList(layers).parameters()
+    assert all(w.grad is None for w in (x, *weights))
+    # and what is no checkpoint's can be asked for
+    (grad,) = torch.autograd.grad(model(x).sum(), last)
+    assert grad.abs().max() > 0
 
 
 def test_weights_changed_in_between_are_told():
@@ -322,6 +384,77 @@ def test_nested_holds_slots_and_calls_layers_as_planned(n, slots):
     assert len(done) == calls(n, slots)
     steps = [(CALLS[w], i) for w, i in schedule(n, slots) if w in CALLS]
     assert done == steps
+
+
+class Late(torch.autograd.Function):
+    """Wrong: returns the weights' gradients, which wait in here till then."""
+
+    @staticmethod
+    def forward(ctx, segment, x, *weights):
+        ctx.segment = segment
+        ctx.save_for_backward(x, *weights)
+        return segment(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *weights = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.segment(x)
+        return None, *torch.autograd.grad(y, [x, *weights], grad)
+
+
+class Alive(TorchDispatchMode):
+    """How many new tensors of so many bytes are alive, and the most of them."""
+
+    def __init__(self, nbytes):
+        super().__init__()
+        self.nbytes, self.alive, self.most = nbytes, set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        old = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves(args)
+            if torch.is_tensor(t)
+        }
+        out = func(*args, **(kwargs or {}))
+        for t in filter(torch.is_tensor, tree_leaves(out)):
+            storage = t.untyped_storage()
+            at = storage._cdata
+            if storage.nbytes() == self.nbytes and at not in self.alive | old:
+                self.alive.add(at)
+                weakref.finalize(storage, self.alive.remove, at)
+        self.most = max(self.most, len(self.alive))
+        return out
+
+
+def most_gradients(model, layers):
+    """Of weights, outside of ``.grad``; each layer is one matrix."""
+    for layer in layers:
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    y = model(torch.randn(5, 8, requires_grad=True))
+    with Alive(layers[0].weight.nbytes) as alive:
+        y.sum().backward()
+    assert not alive.alive
+    assert all(layer.weight.grad.abs().max() > 0 for layer in layers)
+    return alive.most
+
+
+def test_one_gradient_of_a_weight_waits_at_most(monkeypatch):
+    layers = [nn.Linear(8, 8, bias=False) for _ in range(12)]
+    ways = [nested(layers, 0), nested(layers, 1), nested(layers, 3)]
+    ways += [in_segments(layers, [5, 4, 3])]
+    for model in nn.Sequential(*layers), *ways:
+        assert most_gradients(model, layers) == 1
+    monkeypatch.setattr(
+        gradient_checkpointing,
+        "checkpoint",
+        lambda segment, x: Late.apply(segment, x, *segment.parameters()),
+    )
+    late = [most_gradients(model, layers) for model in ways]
+    # with no slot to keep an input, all but the last layer's wait
+    assert max(late) == 11
+    assert min(late) > 3
 
 
 @pytest.mark.parametrize(("n", "slots"), [(1, 0), (2, 1), (7, 0), (30, 3)])

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from warpmap.training.cost._recompute_plan import split
 
@@ -53,43 +54,47 @@ class _Conditions:
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, segment: nn.Module, inputs: int, *tensors: Tensor
+        ctx: Any, segment: nn.Module, weights: Tensor, *inputs: Tensor
     ) -> Any:
         # autograd records nothing in here: what the segment would save is gone
-        ctx.segment, ctx.inputs = segment, inputs
-        ctx.conditions = _Conditions(tensors[0].device)
-        ctx.save_for_backward(*tensors)
-        return segment(*tensors[:inputs])
+        ctx.segment, ctx.inputs = segment, len(inputs)
+        ctx.conditions = _Conditions(inputs[0].device)
+        # weights too, so that autograd tells if they change before their turn
+        ctx.save_for_backward(*inputs, *segment.parameters())
+        return segment(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        inputs, weights = (
-            ctx.saved_tensors[: ctx.inputs],
-            ctx.saved_tensors[ctx.inputs :],
-        )
-        # cut off from what came before, whose turn is later
-        inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        with torch.enable_grad(), ctx.conditions.again():
-            y = ctx.segment(*inputs)
-        tensors = [*inputs, *weights]
-        found = iter(
-            torch.autograd.grad(
-                y,
-                [t for t in tensors if t.requires_grad],
-                grad,
-                allow_unused=True,
+        if not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError(
+                "a checkpoint adds to the .grad of all weights, so call "
+                "backward() without inputs, not torch.autograd.grad"
             )
-        )
-        grads = [next(found) if t.requires_grad else None for t in tensors]
-        return None, None, *grads
+        # cut off from what came before, whose turn is later
+        inputs = [
+            x.detach().requires_grad_(x.requires_grad)
+            for x in ctx.saved_tensors[: ctx.inputs]
+        ]
+        with torch.enable_grad(), ctx.conditions.again():
+            end = get_gradient_edge(ctx.segment(*inputs))
+        # a weight's gradient goes to its .grad at once, none waits in here
+        torch.autograd.backward(end, grad)
+        return None, None, *(x.grad for x in inputs)
 
 
 def checkpoint(segment: nn.Module, *inputs: Tensor) -> Tensor:
     """What ``segment`` makes of ``inputs``, keeping only these.
 
-    The weights are inputs of the autograd function too. So they get gradients
-    even if no input needs one, as the first layer's does not.
+    The weights get gradients even if no input needs one, as the first layer's
+    does not: an empty tensor stands for them among the function's inputs.
+
+    Their gradients are added to ``.grad`` in the middle of the backward pass,
+    where autograd does not see them. So ``torch.autograd.grad`` through a
+    checkpoint raises a RuntimeError, and so does ``backward`` with ``inputs``.
+    If they ask for weights of segments alone, the path is not found: ``grad``
+    raises as for unused ones, or gives None with ``allow_unused``, and
+    ``backward`` does nothing. Gradients of gradients are not to be had either.
 
     Args:
         segment: A module that returns one tensor, a function of inputs,
@@ -113,8 +118,9 @@ def checkpoint(segment: nn.Module, *inputs: Tensor) -> Tensor:
     if not inputs or not all(isinstance(x, Tensor) for x in inputs):
         kinds = [type(x).__name__ for x in inputs]
         raise ValueError(f"inputs must be one or more tensors, got {kinds}")
+    learns = any(w.requires_grad for w in segment.parameters())
     apply: Any = _Recompute.apply
-    out: Tensor = apply(segment, len(inputs), *inputs, *segment.parameters())
+    out: Tensor = apply(segment, torch.empty(0, requires_grad=learns), *inputs)
     return out
 
 

@@ -10,6 +10,9 @@ assert not needed, f"the wheel needs {needed} without an extra"
 
 for package, file in [
     ("warpmap", "py.typed"),
+    ("warpmap", "models/families/house/target/model.safetensors"),
+    ("warpmap", "models/families/house/LICENSE"),
+    ("warpmap", "models/families/house/NOTICE"),
     ("warpmap_site", "py.typed"),
     ("warpmap_site", "theme/main.html"),
     ("warpmap_site", "theme/assets/bundle/main.js"),

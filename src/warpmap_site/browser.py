@@ -55,6 +55,7 @@ def members(root: Path, atlas: Atlas) -> dict[str, Path]:
     found = {
         f"warpmap/{file.relative_to(trees['warpmap']).as_posix()}": file
         for file in trees["warpmap"].rglob("*.json")
+        if "house" not in file.parts  # beside weights, which need PyTorch
     }
     todo = list(ALWAYS)
     for topic in atlas.topics.values():

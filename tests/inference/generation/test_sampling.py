@@ -3,7 +3,9 @@
 import inspect
 import itertools
 import math
+import re
 from fractions import Fraction
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -28,6 +30,7 @@ from warpmap.inference.generation.sampling import (
     probabilities,
     process,
 )
+from warpmap.models.families.house_model import house_model, house_tokenizer
 from warpmap_site.traces import check, impure_imports
 
 PROMPT, OUTPUT = [3, 3, 8, 17], [4, 8, 4, 4]
@@ -425,3 +428,27 @@ def test_the_engines_differ_in_the_trace():
     assert len({str(picture) for picture in ends}) == 3
     assert impure_imports("warpmap.inference.generation._step_by_step") == []
     assert impure_imports(sampling.__name__) == []
+
+
+def test_page_counts_what_the_filters_leave_of_a_real_model():
+    page = Path(__file__).parents[3] / "docs/inference/generation/sampling.md"
+    rows = re.findall(
+        r"^\| `(.*)` \| (\d+) \| (\d+) \| (\d+) \|$",
+        page.read_text("utf-8"),
+        re.M,
+    )
+    assert len(rows) == 4
+    tokenizer, model = house_tokenizer(), house_model().double()
+    for prompt, *counts in rows:
+        ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, -1].tolist()
+        found = [
+            len(logits) - process(logits, settings, order=o).count(-math.inf)
+            for settings, o in [
+                (Settings(top_p=0.9), ORDERS["vLLM"]),
+                (Settings(temperature=1.5, top_p=0.9), ORDERS["vLLM"]),
+                (Settings(temperature=1.5, top_p=0.9), ORDERS["llama.cpp"]),
+            ]
+        ]
+        assert found == [int(count) for count in counts], prompt

@@ -26,6 +26,7 @@ from warpmap_site.reports import last_passes
 
 BUNDLE = Path(__file__).parent / "theme/assets/bundle/main.js"
 MODULES = "assets/modules.zip"
+SOURCE = '<details class="mkdocstrings-source"'  # of an object in the reference
 log = logging.getLogger("mkdocs.plugins.warpmap")
 
 
@@ -91,10 +92,11 @@ class WarpmapPlugin(BasePlugin):  # type: ignore[no-untyped-call,type-arg]
     def on_page_content(
         self, html: str, page: Page, config: MkDocsConfig, files: Files
     ) -> str:
-        """Make a lab a page of this site."""
+        """Make a lab a page of this site; keep the search index small."""
         path = page.file.src_uri.removesuffix(".ipynb")
         if path not in self.labs:
-            return html
+            # every page loads the index: names and docstrings are enough
+            return html.replace(SOURCE, f"{SOURCE} data-search-exclude")
         page.meta["template"] = "lab.html"
 
         def address(link: str) -> str:

@@ -1,5 +1,6 @@
 """LayerNorm is exact to rounding, also where the mean is large."""
 
+import inspect
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from warpmap import DEVICE
 from warpmap.kernels.normalization import layernorm as module
 from warpmap.kernels.normalization._rows import DTYPES, MAX_COLS
 from warpmap.kernels.normalization.layernorm import (
+    IN_REGISTERS,
     _bwd_tile,
     _fwd_tile,
     layernorm,
@@ -183,7 +185,7 @@ def test_the_kernel_is_right_where_the_mean_is_large(mean):
 
 
 def test_the_naive_variance_in_the_kernel_is_caught(tmp_path):
-    old = "variance = tl.sum(centred * centred, axis=1, keep_dims=True) / N"
+    old = "variance = tl.sum(total, axis=1, keep_dims=True) / N"
     new = "variance = tl.sum(x * x, axis=1, keep_dims=True) / N - mean * mean"
     wrong = mutant(module, old, new, tmp_path).layernorm
     x, weight, bias, _ = matrices((4, 1000))
@@ -201,15 +203,20 @@ def test_agrees_with_float64(shape, dtype):
     check(layernorm, *matrices(shape, dtype))
 
 
-def test_a_row_may_be_longer_than_a_program_holds(monkeypatch):
-    assert _bwd_tile(8192 + 200, loads=12)[0]["SPLIT"] == 2
-    # one walk of two programs over all rows
-    monkeypatch.setattr(module, "programs_at_once", lambda *_: 3)
-    check(layernorm, *matrices((3, 8192 + 200)))
+# the longest row in registers; one column more; chunks that are all full, an
+# own part without one of them; one column in the last; the longest row
+@pytest.mark.parametrize(
+    "N", [IN_REGISTERS, IN_REGISTERS + 1, 12288, 16385, MAX_COLS]
+)
+def test_rows_at_the_ends_of_chunks(N, monkeypatch):
+    # two programs a long row, and one of two walkers comes round again
+    monkeypatch.setattr(module, "programs_at_once", lambda *_: 4)
+    check(layernorm, *matrices((3, N), torch.float16))
 
 
-def test_the_longest_row():
-    check(layernorm, *matrices((1, MAX_COLS), torch.float16))
+def test_long_rows_may_lie_apart():
+    x = normal((4, 2 * IN_REGISTERS))[::2, 50 : 60 + IN_REGISTERS]
+    check(layernorm, x, *normal((2, x.shape[1])), normal(x.shape))
 
 
 def test_one_column_is_its_bias():
@@ -352,18 +359,35 @@ FORWARD_FAULTS = {
         "tl.where(cols < BLOCK_N, x - mean, 0.0)",
     ),
     "mean over the padding": (
-        "mean = tl.sum(x, axis=1, keep_dims=True) / N",
-        "mean = tl.sum(x, axis=1, keep_dims=True) / BLOCK_N",
+        "    mean = tl.sum(total, axis=1, keep_dims=True) / N",
+        "    mean = tl.sum(total, axis=1, keep_dims=True) / BLOCK_N",
     ),
     "one less than N": (
-        "centred, axis=1, keep_dims=True) / N",
-        "centred, axis=1, keep_dims=True) / (N - 1)",
+        "variance = tl.sum(total, axis=1, keep_dims=True) / N",
+        "variance = tl.sum(total, axis=1, keep_dims=True) / (N - 1)",
     ),
     "eps left out": ("tl.rsqrt(variance + eps)", "tl.rsqrt(variance)"),
-    "sum in float16": ("tl.sum(x, axis", "tl.sum(x.to(tl.float16), axis"),
-    "weight left out": ("y = normal * weight +", "y = normal +"),
-    "bias left out": ("y = normal * weight +", "y = normal * weight + 0 *"),
-    "last column unwritten": ("cols, y, mask)", "cols, y, cols < N - 1)"),
+    "sum in float16": ("total = x if", "total = x.to(tl.float16) if"),
+    "weight left out": ("normal * weight + bias", "normal + bias"),
+    "bias left out": ("normal * weight + bias", "normal * weight"),
+    "last column unwritten": (
+        "normal * weight + bias, mask)",
+        "normal * weight + bias, cols < N - 1)",
+    ),
+}
+LONG_FORWARD_FAULTS = {
+    "chunks not added up": ("else total + x", "else x"),
+    "squares of the last chunk alone": ("else total + squares", "else squares"),
+    "squares of one chunk for all": ("if CHUNKS > 1:", "if False:"),
+    "same weight for each chunk": (
+        "weight_ptr + cols + at",
+        "weight_ptr + cols",
+    ),
+    "same bias for each chunk": ("bias_ptr + cols + at", "bias_ptr + cols"),
+    "last chunk lost": (
+        '"CHUNKS": triton.cdiv(N, BLOCK_N)',
+        '"CHUNKS": N // BLOCK_N',
+    ),
 }
 BACKWARD_FAULTS = {
     "mean of g left out": ("(g - mean_g -", "(g -"),
@@ -379,11 +403,33 @@ BACKWARD_FAULTS = {
         "step = 2 * tl.num_programs(1) * BLOCK_M",
     ),
     "sums of each walk in one place": ("walker * 2 * N", "0 * N"),
-    "gradient's layout ignored": (
-        "dy.contiguous()",
-        "dy.T.contiguous().view_as(dy)",
-    ),
 }
+LONG_BACKWARD_FAULTS = {
+    "means over its own part": ("tl.range(CHUNKS,", "tl.range(SPLIT * CHUNKS,"),
+    "means over the other part": ("(1 + SPLIT) * CHUNKS", "SPLIT * CHUNKS"),
+    "mean of g left out": ("(g - mean_g -", "(g -"),
+    "mean of x g left out": ("- normal * mean_xg)", ")"),
+    "deviation left out of a mean": ("* rstd / N", "/ N"),
+    "sums of a chunk for another": ("sum_w = dweight[0]", "sum_w = dweight[1]"),
+    "chunks swapped in the end": ("dbias[i]", "dbias[CHUNKS - 1 - i]"),
+    "sums of this row alone": ("sum_b += dy", "sum_b = dy"),
+    "sums swapped": (
+        "dweight, dbias = dweight[1:], dbias[1:]",
+        "dbias, dweight = dweight[1:], dbias[1:]",
+    ),
+    "each row in one place": ("M, tl.num_programs(1)", "M, 1"),
+    "both own the first part": ("own = part *", "own = 0 *"),
+    "last chunk lost": ("* BLOCK_N < N:", "* BLOCK_N < N - 1:"),
+    "sums of each walk in one place": ("walker * 2 * N", "0 * N"),
+}
+
+
+def mutant_of(kernel, old, new, folder):
+    """``mutant``, for code that stands in another kernel as well."""
+    code = inspect.getsource(module).partition(f"def {kernel}(")[2]
+    code = code.partition("\ndef ")[0]
+    assert code.count(old) == 1
+    return mutant(module, code, code.replace(old, new), folder)
 
 
 @pytest.mark.parametrize("fault", FORWARD_FAULTS)
@@ -393,21 +439,48 @@ def test_a_mistake_in_the_forward_kernel_is_caught(fault, tmp_path):
         check_forward(wrong.layernorm, *matrices((5, 300))[:3])
 
 
-@pytest.mark.parametrize("fault", BACKWARD_FAULTS)
-def test_a_mistake_in_the_backward_kernel_is_caught(fault, tmp_path):
-    wrong = mutant(module, *BACKWARD_FAULTS[fault], tmp_path)
-    wrong.programs_at_once = lambda *_: 3  # so that each walks on a GPU, too
-    x, weight, bias, dy = matrices((29, 300))
-    dy = dy.T.contiguous().T
+@pytest.mark.parametrize("fault", LONG_FORWARD_FAULTS)
+def test_a_mistake_with_the_chunks_of_a_row_is_caught(fault, tmp_path):
+    wrong = mutant(module, *LONG_FORWARD_FAULTS[fault], tmp_path)
+    with pytest.raises(AssertionError):
+        check_forward(wrong.layernorm, *matrices((2, IN_REGISTERS + 1))[:3])
+
+
+def check_wrong_gradients(wrong, x, weight, bias, dy):
+    """Forward is right, backward is not."""
     check_forward(wrong.layernorm, x, weight, bias)
     found = gradients(wrong.layernorm)(x, weight, bias, dy)
     with pytest.raises(AssertionError):
         check_gradients(found, x, weight, bias, dy)
 
 
-# What the compiler makes of the kernels
+@pytest.mark.parametrize("fault", BACKWARD_FAULTS)
+def test_a_mistake_in_the_backward_kernel_is_caught(fault, tmp_path):
+    kernel = "_layernorm_bwd_kernel"
+    wrong = mutant_of(kernel, *BACKWARD_FAULTS[fault], tmp_path)
+    wrong.programs_at_once = lambda *_: 3  # so that each walks on a GPU, too
+    check_wrong_gradients(wrong, *matrices((29, 300)))
 
-WIDTH = {"bf16": 2, "fp32": 4}
+
+@pytest.mark.parametrize("fault", LONG_BACKWARD_FAULTS)
+def test_a_mistake_in_the_backward_kernel_of_long_rows_is_caught(
+    fault, tmp_path
+):
+    kernel = "_layernorm_bwd_long_kernel"
+    wrong = mutant_of(kernel, *LONG_BACKWARD_FAULTS[fault], tmp_path)
+    wrong.programs_at_once = lambda *_: 4
+    # four chunks, the last of one column
+    check_wrong_gradients(wrong, *matrices((5, 12289)))
+
+
+def test_a_gradient_with_its_layout_ignored_is_caught(tmp_path):
+    old, new = "dy.contiguous()", "dy.T.contiguous().view_as(dy)"
+    wrong = mutant(module, old, new, tmp_path)
+    x, weight, bias, dy = matrices((29, 300))
+    check_wrong_gradients(wrong, x, weight, bias, dy.T.contiguous().T)
+
+
+# What the compiler makes of the kernels
 
 
 def memory(kernel, name):
@@ -432,12 +505,15 @@ def test_forward_fits_in_registers_and_moves_16_bytes_at_a_time(N, dtype):
             **{"y_ptr": f"*{dtype}:16", "stride_xm": "i32:16", "M": "i32"},
             **{"mean_ptr": "*fp32:16", "rstd_ptr": "*fp32:16", "eps": "fp32"},
         },
-        {"N": N, **{n: tile[n] for n in ("BLOCK_M", "BLOCK_N")}},
+        {"N": N, **{n: v for n, v in tile.items() if n != "num_warps"}},
         num_warps=tile["num_warps"],
     )
     assert kernel.spills == kernel.stack == 0
     assert memory(kernel, "LDG") == {128}
     assert memory(kernel, "STG") == {128, 32}  # mean and rstd: 4 bytes a row
+    if N > IN_REGISTERS:
+        # two programs on a multiprocessor: one loads while the other reduces
+        assert 2 * kernel.registers * kernel.threads <= 65536
 
 
 @pytest.mark.slow
@@ -448,13 +524,16 @@ def test_forward_fits_in_registers_and_moves_16_bytes_at_a_time(N, dtype):
         (4096, "bf16"),
         (4096, "fp32"),
         (8192, "bf16"),
+        (16384, "bf16"),
+        (16384, "fp32"),
         (MAX_COLS, "bf16"),
     ],
 )
 def test_backward_fits_in_registers(N, dtype):
-    tile, per_sm = _bwd_tile(N, 3 * WIDTH[dtype])
+    tile, per_sm = _bwd_tile(N)
+    long = "_long" if N > IN_REGISTERS else ""
     kernel = compile_sm90a(
-        f"{module.__name__}:_layernorm_bwd_kernel",
+        f"{module.__name__}:_layernorm_bwd{long}_kernel",
         {
             **{f"{n}_ptr": f"*{dtype}:16" for n in ("x", "weight", "dy", "dx")},
             **{f"{n}_ptr": "*fp32:16" for n in ("mean", "rstd", "sums")},
@@ -468,7 +547,9 @@ def test_backward_fits_in_registers(N, dtype):
     assert kernel.shared * per_sm <= 227 * 1024
     assert memory(kernel, "STG") == {128}
     # into shared memory, for the rows to come; 4 bytes hold mean and rstd
-    assert memory(kernel, "LDGSTS") == {128, 32}
+    assert memory(kernel, "LDG" if long else "LDGSTS") == {128, 32}
+    # most of it is left to the L1 cache where a row is read twice
+    assert not long or kernel.shared <= 16 * 1024
 
 
 # On a GPU

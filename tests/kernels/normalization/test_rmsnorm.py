@@ -15,6 +15,7 @@ from warpmap.kernels.normalization._rows import (
     column_sums,
 )
 from warpmap.kernels.normalization.rmsnorm import (
+    IN_REGISTERS,
     _bwd_tile,
     _fwd_tile,
     add_rmsnorm,
@@ -142,10 +143,30 @@ def test_agrees_with_float64(shape, dtype):
 
 
 def test_a_row_may_be_longer_than_a_program_holds(monkeypatch):
-    assert _bwd_tile(8192 + 200, loads=12)[0]["SPLIT"] == 2
-    # one walk of two programs over all rows
-    monkeypatch.setattr(module, "programs_at_once", lambda *_: 3)
-    check_backward(rmsnorm, *matrices((3, 8192 + 200)))
+    # one walk over all rows
+    monkeypatch.setattr(module, "programs_at_once", lambda *_: 1)
+    check_backward(rmsnorm, *matrices((3, IN_REGISTERS + 200)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("N", [8192, 8193, 12288, 12289, 16385, MAX_COLS])
+def test_rows_may_end_where_a_chunk_does_or_just_after(N, dtype):
+    # three walkers, of whom one comes round again
+    x, weight, dy = matrices((4, N), dtype)
+    check_backward(rmsnorm, x, weight, dy)
+    check_add(add_rmsnorm, x, x.flip(0), weight, dy, dy.flip(0))
+
+
+def split(N, loads):
+    """A long row for two programs."""
+    tile = {"BLOCK_N": 4096, "CHUNKS": 2, "SPLIT": 2, "num_warps": 16}
+    return tile, 1
+
+
+def test_two_programs_may_share_a_row(monkeypatch):
+    monkeypatch.setattr(module, "_bwd_tile", split)
+    for N in (8192 + 200, 16384):
+        check_backward(rmsnorm, *matrices((5, N)))
 
 
 def test_the_longest_row():
@@ -431,8 +452,14 @@ FORWARD_FAULTS = {
     ),
 }
 BACKWARD_FAULTS = {
-    "mean left out": ("(g - normal * mean) * rstd", "g * rstd"),
-    "rstd left out": ("(g - normal * mean) * rstd", "g - normal * mean"),
+    "mean left out": (
+        "dweight += dy * normal\n        dx = (g - normal * mean)",
+        "dweight += dy * normal\n        dx = g",
+    ),
+    "rstd left out": (
+        "dweight += dy * normal\n        dx = (g - normal * mean) * rstd",
+        "dweight += dy * normal\n        dx = g - normal * mean",
+    ),
     "mean of the tile": (
         "normal * g, axis=1, keep_dims=True) / N",
         "normal * g, axis=1, keep_dims=True) / BLOCK_N",
@@ -443,7 +470,10 @@ BACKWARD_FAULTS = {
         "step = tl.num_programs(1) * BLOCK_M",
         "step = 2 * tl.num_programs(1) * BLOCK_M",
     ),
-    "sums of each walk in one place": ("walker * N + own", "0 * N + own"),
+    "sums of each walk in one place": (
+        "walker * N + cols, dweight, cols",
+        "0 * N + cols, dweight, cols",
+    ),
     "gradient's layout ignored": (
         "else dy.contiguous()",
         "else dy.T.contiguous().view_as(dy)",
@@ -456,7 +486,10 @@ ADD_FAULTS = {
         "rows * stride_xm",
     ),
     "norm of what is not stored": ("x = h.to(tl.float32)", "x = x * 1.0"),
-    "gradient of h left out": ("dx += load(dh_ptr", "load(dh_ptr"),
+    "gradient of h left out": (
+        "dx += load(dh_ptr + rows",
+        "load(dh_ptr + rows",
+    ),
     "no gradient for the residual": (
         "return dx, dx if ctx.add else None",
         "return dx, dx * 0 if ctx.add else None",
@@ -491,11 +524,37 @@ def test_a_mistake_with_the_residual_is_caught(fault, tmp_path):
         check_add(wrong.add_rmsnorm, x, residual, weight, dy, dy.flip(0))
 
 
-def test_reading_one_part_of_a_long_row_is_caught(tmp_path):
-    fault = "(part + i) % SPLIT * BLOCK_N", "part * BLOCK_N"
-    wrong = mutant(module, *fault, tmp_path)
+LONG_FAULTS = {
+    "mean of its own part": ("% (SPLIT * CHUNKS)", "% CHUNKS"),
+    "mean without the last chunk": (
+        "last = (1 + SPLIT) * CHUNKS",
+        "last = (1 + SPLIT) * CHUNKS - 1",
+    ),
+    "one chunk's sums added to another's": (
+        "            dweight = dweight[1:]\n",
+        "            dweight = (dweight[CHUNKS],) + dweight[1:CHUNKS]\n",
+    ),
+    "sums of the last row alone": ("sums += dy * normal", "sums = dy * normal"),
+    "every second row lost": (
+        "tl.range(walker, M, tl.num_programs(1)",
+        "tl.range(walker, M, 2 * tl.num_programs(1)",
+    ),
+    "mean of normal rows, not normal": ("* rstd / N\n", "/ N\n"),
+    "gradient of h left out": (
+        "load(dh_ptr + offset + cols",
+        "0 * load(dh_ptr + offset + cols",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", LONG_FAULTS)
+def test_a_mistake_with_long_rows_is_caught(fault, tmp_path):
+    wrong = mutant(module, *LONG_FAULTS[fault], tmp_path)
+    wrong.programs_at_once = lambda *_: 2
+    wrong._bwd_tile = split
+    x, weight, dy = matrices((5, 8192 + 4096 + 200))
     with pytest.raises(AssertionError):
-        check_backward(wrong.rmsnorm, *matrices((1, 8192 + 200)))
+        check_add(wrong.add_rmsnorm, x, x.flip(0), weight, dy, dy.flip(0))
 
 
 # What the compiler makes of the kernels
@@ -523,9 +582,11 @@ def compiled_forward(N, dtype, add):
 
 def compiled_backward(N, dtype, add):
     tile, _ = _bwd_tile(N, (3 + add) * WIDTH[dtype])
+    long = "_long" if N > IN_REGISTERS else ""
+    kernel = f"_rmsnorm_bwd{long}_kernel"
     pointers = ["h", "weight", "dy", "dh", "dx"]
     return compile_sm90a(
-        f"{module.__name__}:_rmsnorm_bwd_kernel",
+        f"{module.__name__}:{kernel}",
         {
             **{f"{n}_ptr": f"*{dtype}:16" for n in pointers},
             **{"rstd_ptr": "*fp32:16", "dweight_ptr": "*fp32:16"},
@@ -583,7 +644,9 @@ def test_forward_fits_in_registers_and_moves_16_bytes_at_a_time(N, dtype, add):
         (8192, "bf16", False),
         (MAX_COLS, "bf16", False),
         (MAX_COLS, "bf16", True),
+        (MAX_COLS, "fp32", False),
         (MAX_COLS, "fp32", True),
+        (MAX_COLS - 4096, "bf16", False),
     ],
 )
 def test_backward_fits_in_registers(N, dtype, add):
@@ -592,10 +655,11 @@ def test_backward_fits_in_registers(N, dtype, add):
     assert kernel.spills == kernel.stack == 0
     assert kernel.registers * kernel.threads * per_sm <= 65536
     assert kernel.shared * per_sm <= 227 * 1024
-    assert set(memory(kernel, "STG")) == {128}
     # into shared memory where the loop is pipelined; 4 bytes hold a rstd
-    loads = "LDGSTS" if tile["STAGES"] > 1 else "LDG."
-    assert set(memory(kernel, loads)) == {128, 32}
+    loads = "LDGSTS" if tile.get("STAGES", 1) > 1 else "LDG."
+    small = N > IN_REGISTERS and add and dtype == "bf16"  # 4 elements a thread
+    assert set(memory(kernel, "STG")) == ({64, 128} if small else {128})
+    assert set(memory(kernel, loads)) == {64 if small else 128, 32}
 
 
 # On a GPU

@@ -3,7 +3,7 @@
 Each row loses its mean and is divided by its standard deviation; then every
 column has a weight and a bias. The row stays on chip, so the mean is known
 before the squared distances from it are added up: two passes over the row,
-one trip to memory.
+one trip to memory. Where registers have no room for it, the L1 cache has.
 
     traffic  2 M N elements forward, 3 M N backward
     limit    rows of at most MAX_COLS
@@ -22,6 +22,10 @@ from warpmap.kernels.normalization._rows import (
     load,
     programs_at_once,
 )
+
+# columns of which backward keeps a row in registers, beside their sums; of
+# a longer row both passes read chunks
+IN_REGISTERS = 8192
 
 
 def layernorm_reference(
@@ -104,29 +108,46 @@ def _layernorm_fwd_kernel(
     N: tl.constexpr,  # fixed by the model: no masks where it fills the tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     # 64-bit: row * stride overflows 32 bits on a large matrix
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)[:, None]
     rows = tl.minimum(rows, M - 1)  # past the end: the last row once more
     cols = tl.arange(0, BLOCK_N)[None, :]
-    mask = cols < N
     x_ptrs = x_ptr + rows * stride_xm + cols
 
-    x = load(x_ptrs, mask, "evict_last")
-    mean = tl.sum(x, axis=1, keep_dims=True) / N
-    centred = tl.where(mask, x - mean, 0.0)  # padding would count as -mean
-    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / N
+    total = 0.0
+    for i in tl.static_range(CHUNKS):
+        at = i * BLOCK_N
+        x = load(x_ptrs + at, cols + at < N, "evict_last")
+        # nothing is added to the only chunk of a short row
+        total = x if i == 0 else total + x
+    mean = tl.sum(total, axis=1, keep_dims=True) / N
+
+    for i in tl.static_range(CHUNKS):
+        at = i * BLOCK_N
+        mask = cols + at < N
+        # one chunk is still in registers; more are in the L1 cache
+        if CHUNKS > 1:
+            x = load(x_ptrs + at, mask, "")
+        centred = tl.where(mask, x - mean, 0.0)  # padding would count as -mean
+        squares = centred * centred
+        total = squares if i == 0 else total + squares
+    variance = tl.sum(total, axis=1, keep_dims=True) / N
     rstd = tl.rsqrt(variance + eps)
     tl.store(mean_ptr + rows, mean)
     tl.store(rstd_ptr + rows, rstd)
 
     # again, now from the L1 cache: not kept in registers, a row leaves them
     # to more rows at a time
-    normal = (load(x_ptrs, mask, "evict_first") - mean) * rstd
-    weight = load(weight_ptr + cols, mask, "evict_last")
-    y = normal * weight + load(bias_ptr + cols, mask, "evict_last")
-    tl.store(y_ptr + rows * N + cols, y, mask)
+    for i in tl.static_range(CHUNKS):
+        at = i * BLOCK_N
+        mask = cols + at < N
+        normal = (load(x_ptrs + at, mask, "evict_first") - mean) * rstd
+        weight = load(weight_ptr + cols + at, mask, "evict_last")
+        bias = load(bias_ptr + cols + at, mask, "evict_last")
+        tl.store(y_ptr + rows * N + cols + at, normal * weight + bias, mask)
 
 
 @triton.jit
@@ -143,86 +164,142 @@ def _layernorm_bwd_kernel(
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    # a long row belongs to SPLIT programs: each reads all of it, for the
-    # means, and owns one part
-    part = tl.program_id(0)
-    own = part * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     walker = tl.program_id(1)
+    cols = tl.arange(0, BLOCK_N)[None, :]
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     step = tl.num_programs(1) * BLOCK_M
-    # pipelined: the next rows are on their way to shared memory meanwhile
-    for first in tl.range(walker * BLOCK_M, M, step, num_stages=STAGES):
+    # pipelined: the next two are on their way to shared memory meanwhile
+    for first in tl.range(walker * BLOCK_M, M, step, num_stages=3):
         rows = (first + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
         live = rows < M
         mean = tl.load(mean_ptr + rows, live, other=0.0)
         rstd = tl.load(rstd_ptr + rows, live, other=0.0)
+        mask = live & (cols < N)
+        x = load(x_ptr + rows * stride_xm + cols, mask, "")
+        dy = load(dy_ptr + rows * N + cols, mask, "")
 
-        mean_g = tl.zeros((BLOCK_M, 1), tl.float32)
-        mean_xg = tl.zeros((BLOCK_M, 1), tl.float32)
-        for i in tl.static_range(1, SPLIT + 1):
-            # its own part last: that one stays in registers
-            cols = (part + i) % SPLIT * BLOCK_N
-            cols += tl.arange(0, BLOCK_N)[None, :]
-            mask = live & (cols < N)
-            x = load(x_ptr + rows * stride_xm + cols, mask, "")
-            dy = load(dy_ptr + rows * N + cols, mask, "")
-            normal = (x - mean) * rstd
-            g = dy * load(weight_ptr + cols, cols < N, "evict_last")
-            mean_g += tl.sum(g, axis=1, keep_dims=True) / N
-            mean_xg += tl.sum(normal * g, axis=1, keep_dims=True) / N
-
+        normal = (x - mean) * rstd
+        g = dy * load(weight_ptr + cols, cols < N, "evict_last")
+        mean_g = tl.sum(g, axis=1, keep_dims=True) / N
+        mean_xg = tl.sum(normal * g, axis=1, keep_dims=True) / N
         dweight += dy * normal
         dbias += dy
         dx = (g - mean_g - normal * mean_xg) * rstd
-        tl.store(dx_ptr + rows * N + own, dx, mask)
+        tl.store(dx_ptr + rows * N + cols, dx, mask)
 
-    sums_ptrs = sums_ptr + walker * 2 * N + own
-    dweight = tl.sum(dweight, axis=0, keep_dims=True)
-    tl.store(sums_ptrs, dweight, own < N)
-    dbias = tl.sum(dbias, axis=0, keep_dims=True)
-    tl.store(sums_ptrs + N, dbias, own < N)
+    sums_ptrs = sums_ptr + walker * 2 * N + cols
+    tl.store(sums_ptrs, tl.sum(dweight, axis=0, keep_dims=True), cols < N)
+    tl.store(sums_ptrs + N, tl.sum(dbias, axis=0, keep_dims=True), cols < N)
+
+
+@triton.jit
+def _layernorm_bwd_long_kernel(
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dy_ptr,
+    dx_ptr,
+    sums_ptr,
+    stride_xm,
+    M,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    # a long row belongs to SPLIT programs: each reads all of it, for the
+    # means, and owns CHUNKS of its chunks
+    part = tl.program_id(0)
+    walker = tl.program_id(1)
+    lane = tl.arange(0, BLOCK_N)
+    own = part * CHUNKS * BLOCK_N + lane
+    # the sums of each chunk: all that stays in registers from row to row
+    dweight = (tl.zeros((BLOCK_N,), tl.float32),) * CHUNKS
+    dbias = dweight
+
+    # not pipelined: what shared memory takes, the L1 cache loses
+    for row in tl.range(walker, M, tl.num_programs(1), num_stages=1):
+        x_row = x_ptr + tl.cast(row, tl.int64) * stride_xm
+        offset = tl.cast(row, tl.int64) * N
+        mean = tl.load(mean_ptr + row)
+        rstd = tl.load(rstd_ptr + row)
+
+        sum_g = tl.zeros((BLOCK_N,), tl.float32)
+        sum_xg = tl.zeros((BLOCK_N,), tl.float32)
+        for i in tl.range(CHUNKS, (1 + SPLIT) * CHUNKS, num_stages=1):
+            # first the means, its own part last: that one stays near
+            cols = (part * CHUNKS + i) % (SPLIT * CHUNKS) * BLOCK_N + lane
+            mask = cols < N
+            g = load(dy_ptr + offset + cols, mask, "evict_last")
+            g *= load(weight_ptr + cols, mask, "evict_last")
+            sum_g += g
+            x = load(x_row + cols, mask, "evict_last")
+            sum_xg += g * (x - mean)
+        mean_g = tl.sum(sum_g) / N
+        mean_xg = tl.sum(sum_xg) * rstd / N
+
+        # then its own part again, now from the L1 cache
+        for i in tl.static_range(CHUNKS):
+            cols = own + i * BLOCK_N
+            sum_w = dweight[0]
+            sum_b = dbias[0]
+            # a branch: the loads of all chunks at once would spill
+            if (part * CHUNKS + i) * BLOCK_N < N:
+                mask = cols < N
+                x = load(x_row + cols, mask, "evict_first")
+                dy = load(dy_ptr + offset + cols, mask, "evict_first")
+                normal = (x - mean) * rstd
+                sum_w += dy * normal
+                sum_b += dy
+                g = dy * load(weight_ptr + cols, mask, "evict_last")
+                dx = (g - mean_g - normal * mean_xg) * rstd
+                tl.store(dx_ptr + offset + cols, dx, mask)
+            # to the end: after CHUNKS turns all sums are in place
+            dweight += (sum_w,)
+            dbias += (sum_b,)
+            dweight, dbias = dweight[1:], dbias[1:]
+
+    for i in tl.static_range(CHUNKS):
+        cols = own + i * BLOCK_N
+        sums_ptrs = sums_ptr + walker * 2 * N + cols
+        tl.store(sums_ptrs, dweight[i], cols < N)
+        tl.store(sums_ptrs + N, dbias[i], cols < N)
 
 
 def _fwd_tile(N: int) -> dict[str, int]:
     """Launch parameters of the forward kernel for rows of ``N`` elements."""
-    BLOCK_N = triton.next_power_of_2(N)
+    BLOCK_N = min(triton.next_power_of_2(N), IN_REGISTERS)
     # several short rows a program, so that its threads have enough to load
     BLOCK_M = max(1, 1024 // BLOCK_N)
-    # 32 elements a thread
-    num_warps = min(32, max(1, BLOCK_M * BLOCK_N // 1024))
-    return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps}
-
-
-def _bwd_tile(N: int, loads: int) -> tuple[dict[str, int], int]:
-    """The same for backward, and how many programs a multiprocessor holds.
-
-    Args:
-        N: Elements of a row.
-        loads: Bytes that a program loads for each column of a row.
-    """
-    # what registers hold of a row: both sums, itself and its gradient
-    BLOCK_N = min(triton.next_power_of_2(N), 8192)
-    BLOCK_M = max(1, 4096 // BLOCK_N)
-    SPLIT = triton.cdiv(N, BLOCK_N)
-    # 32 elements a thread; 8 warps together may have 255 registers each
-    num_warps = BLOCK_M * BLOCK_N // 1024
-    per_sm = max(1, 8 // num_warps)
-    # two steps ahead, as far as shared memory holds what they load
-    step = loads * BLOCK_M * BLOCK_N * SPLIT
-    ahead = min(2, 220 * 1024 // (step * per_sm))
-    tile = {
+    # 32 elements a thread; of a long row 8 at a time, so that 32 registers
+    # are enough and a multiprocessor has room for two programs
+    num_warps = 32 if N > BLOCK_N else max(1, BLOCK_M * BLOCK_N // 1024)
+    return {
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": BLOCK_N,
-        "SPLIT": SPLIT,
-        "STAGES": 1 + ahead,
+        "CHUNKS": triton.cdiv(N, BLOCK_N),
         "num_warps": num_warps,
     }
-    return tile, per_sm
+
+
+def _bwd_tile(N: int) -> tuple[dict[str, int], int]:
+    """The same for backward, and how many programs a multiprocessor holds."""
+    if N > IN_REGISTERS:
+        # 16 warps: 128 registers a thread, at most half of them sums
+        CHUNKS = triton.cdiv(N, 2 * 4096)
+        tile = {"BLOCK_N": 4096, "CHUNKS": CHUNKS, "SPLIT": 2}
+        return tile | {"num_warps": 16}, 1
+    # what registers hold of a row: both sums, itself and its gradient
+    BLOCK_N = triton.next_power_of_2(N)
+    BLOCK_M = max(1, 4096 // BLOCK_N)
+    # 32 elements a thread; 8 warps together may have 255 registers each
+    num_warps = BLOCK_M * BLOCK_N // 1024
+    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps}
+    return tile, 8 // num_warps
 
 
 @torch.library.custom_op("warpmap::layernorm", mutates_args=())
@@ -252,15 +329,15 @@ def _layernorm_backward(
     dx = x.new_empty(M, N)
     if dx.numel() == 0:
         return dx, weight.new_zeros(2, N)
-    loads = 2 * x.itemsize + weight.itemsize
-    tile, per_sm = _bwd_tile(N, loads)
-    walkers = max(1, programs_at_once(x, per_sm) // tile["SPLIT"])
-    walkers = min(walkers, triton.cdiv(M, tile["BLOCK_M"]))
+    tile, per_sm = _bwd_tile(N)
+    parts = tile.get("SPLIT", 1)
+    walkers = max(1, programs_at_once(x, per_sm) // parts)
+    walkers = min(walkers, triton.cdiv(M, tile.get("BLOCK_M", 1)))
     sums = x.new_empty(walkers, 2 * N, dtype=torch.float32)
+    given = x, weight, mean, rstd, dy, dx, sums, x.stride(0), M
+    kernel = _layernorm_bwd_kernel if parts == 1 else _layernorm_bwd_long_kernel
     with torch.cuda.device_of(x):
-        _layernorm_bwd_kernel[(tile["SPLIT"], walkers)](
-            x, weight, mean, rstd, dy, dx, sums, x.stride(0), M, N=N, **tile
-        )
+        kernel[(parts, walkers)](*given, N=N, **tile)
         return dx, column_sums(sums, weight.dtype).view(2, N)
 
 

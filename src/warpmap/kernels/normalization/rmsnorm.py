@@ -3,7 +3,8 @@
 Each row is divided by its root mean square and multiplied by a weight for
 each column. Forward takes a row a program, or several short ones. Backward
 also needs a sum over all rows, the gradient of the weight: there a program
-walks over many rows and keeps its part of that sum in registers.
+walks over many rows and keeps its part of that sum in registers;
+a long row finds no room beside it and is read again, from L1.
 
     traffic  2 M N elements forward, 4 M N with the addition, 3 M N backward
     limit    rows of at most MAX_COLS
@@ -21,6 +22,9 @@ from warpmap.kernels.normalization._rows import (
     load,
     programs_at_once,
 )
+
+# columns of which backward keeps a row in registers, beside their sums
+IN_REGISTERS = 8192
 
 
 def rmsnorm_reference(
@@ -114,14 +118,10 @@ def _rmsnorm_bwd_kernel(
     ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # a long row belongs to SPLIT programs: each reads all of it, for the
-    # mean, and owns one part
-    part = tl.program_id(0)
-    own = part * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     walker = tl.program_id(1)
+    cols = tl.arange(0, BLOCK_N)[None, :]
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     step = tl.num_programs(1) * BLOCK_M
@@ -131,26 +131,84 @@ def _rmsnorm_bwd_kernel(
         live = rows < M
         rstd = tl.load(rstd_ptr + rows, live, other=0.0)
 
-        mean = tl.zeros((BLOCK_M, 1), tl.float32)
-        for i in tl.static_range(1, SPLIT + 1):
-            # its own part last: that one stays in registers
-            cols = (part + i) % SPLIT * BLOCK_N
-            cols += tl.arange(0, BLOCK_N)[None, :]
-            mask = live & (cols < N)
-            h = load(h_ptr + rows * stride_hm + cols, mask, "")
-            dy = load(dy_ptr + rows * N + cols, mask, "")
-            normal = h * rstd
-            g = dy * load(weight_ptr + cols, cols < N, "evict_last")
-            mean += tl.sum(normal * g, axis=1, keep_dims=True) / N
+        mask = live & (cols < N)
+        h = load(h_ptr + rows * stride_hm + cols, mask, "")
+        dy = load(dy_ptr + rows * N + cols, mask, "")
+        normal = h * rstd
+        g = dy * load(weight_ptr + cols, cols < N, "evict_last")
+        mean = tl.sum(normal * g, axis=1, keep_dims=True) / N
 
         dweight += dy * normal
         dx = (g - normal * mean) * rstd
         if ADD:
-            dx += load(dh_ptr + rows * N + own, mask, "")
-        tl.store(dx_ptr + rows * N + own, dx, mask)
+            dx += load(dh_ptr + rows * N + cols, mask, "")
+        tl.store(dx_ptr + rows * N + cols, dx, mask)
 
     dweight = tl.sum(dweight, axis=0, keep_dims=True)
-    tl.store(dweight_ptr + walker * N + own, dweight, own < N)
+    tl.store(dweight_ptr + walker * N + cols, dweight, cols < N)
+
+
+@triton.jit
+def _rmsnorm_bwd_long_kernel(
+    h_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dy_ptr,
+    dh_ptr,
+    dx_ptr,
+    dweight_ptr,
+    stride_hm,
+    M,
+    N: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    # a row belongs to SPLIT programs, today one: each reads all of it, for
+    # the mean, and owns CHUNKS of its chunks
+    part = tl.program_id(0)
+    walker = tl.program_id(1)
+    lane = tl.arange(0, BLOCK_N)
+    own = part * CHUNKS * BLOCK_N + lane
+    # the sums of each chunk: all that stays in registers from row to row
+    dweight = (tl.zeros((BLOCK_N,), tl.float32),) * CHUNKS
+    # not pipelined: what shared memory takes, the L1 cache loses
+    for row in tl.range(walker, M, tl.num_programs(1), num_stages=1):
+        h_row = h_ptr + tl.cast(row, tl.int64) * stride_hm
+        offset = tl.cast(row, tl.int64) * N
+        rstd = tl.load(rstd_ptr + row)
+        # first the mean; its own part last: that one stays near
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        last = (1 + SPLIT) * CHUNKS
+        for i in tl.range(CHUNKS, last, num_stages=1, loop_unroll_factor=2):
+            cols = (part * CHUNKS + i) % (SPLIT * CHUNKS) * BLOCK_N + lane
+            mask = cols < N
+            g = load(dy_ptr + offset + cols, mask, "evict_last")
+            g *= load(weight_ptr + cols, mask, "evict_last")
+            total += g * load(h_row + cols, mask, "evict_last")
+        mean = tl.sum(total) * rstd / N
+        # then its own part again, now from the L1 cache
+        for i in tl.static_range(CHUNKS):
+            cols = own + i * BLOCK_N
+            sums = dweight[0]
+            # a branch: the loads of all chunks at once would spill
+            if (part * CHUNKS + i) * BLOCK_N < N:
+                mask = cols < N
+                normal = load(h_row + cols, mask, "evict_first") * rstd
+                dy = load(dy_ptr + offset + cols, mask, "evict_first")
+                sums += dy * normal
+                g = dy * load(weight_ptr + cols, mask, "evict_last")
+                dx = (g - normal * mean) * rstd
+                if ADD:
+                    dx += load(dh_ptr + offset + cols, mask, "evict_first")
+                tl.store(dx_ptr + offset + cols, dx, mask)
+            # to the end: after CHUNKS turns all sums are in place
+            dweight += (sums,)
+            dweight = dweight[1:]
+    for i in tl.static_range(CHUNKS):
+        cols = own + i * BLOCK_N
+        tl.store(dweight_ptr + walker * N + cols, dweight[i], cols < N)
 
 
 def _fwd_tile(N: int) -> dict[str, int]:
@@ -170,26 +228,22 @@ def _bwd_tile(N: int, loads: int) -> tuple[dict[str, int], int]:
         N: Elements of a row.
         loads: Bytes that a program loads for each column of a row.
     """
-    # what registers hold of a row: its sums, itself and its gradient; twice
-    # as much where there is nothing else, not even a mask
-    longest = 16384 if loads <= 6 and N % 16384 == 0 else 8192
-    BLOCK_N = min(triton.next_power_of_2(N), longest)
+    if N > IN_REGISTERS:
+        # 128 registers a thread, at most half of them sums
+        BLOCK_N = 4096 if loads <= 6 else 2048
+        CHUNKS = triton.cdiv(N, BLOCK_N)
+        tile = {"BLOCK_N": BLOCK_N, "CHUNKS": CHUNKS, "SPLIT": 1}
+        return tile | {"num_warps": 16}, 1
+    BLOCK_N = triton.next_power_of_2(N)
     BLOCK_M = max(1, 4096 // BLOCK_N)
-    SPLIT = triton.cdiv(N, BLOCK_N)
     # 32 elements a thread; 8 warps together may have 255 registers each
     num_warps = BLOCK_M * BLOCK_N // 1024
     per_sm = max(1, 8 // num_warps)
     # two steps ahead, as far as shared memory holds what they load
-    step = loads * BLOCK_M * BLOCK_N * SPLIT
+    step = loads * BLOCK_M * BLOCK_N
     ahead = min(2, 220 * 1024 // (step * per_sm))
-    tile = {
-        "BLOCK_M": BLOCK_M,
-        "BLOCK_N": BLOCK_N,
-        "SPLIT": SPLIT,
-        "STAGES": 1 + ahead,
-        "num_warps": num_warps,
-    }
-    return tile, per_sm
+    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "STAGES": 1 + ahead}
+    return tile | {"num_warps": num_warps}, per_sm
 
 
 @torch.library.custom_op("warpmap::rmsnorm", mutates_args=())
@@ -209,23 +263,11 @@ def _rmsnorm(
         return y, h, rstd
     tile = _fwd_tile(N)
     r = x if residual is None else residual
+    given = x, r, weight, y, h, rstd, x.stride(0), r.stride(0), M, eps
+    kind = {"ADD": residual is not None, "CAST_FIRST": cast_first}
+    grid = (triton.cdiv(M, tile["BLOCK_M"]),)
     with torch.cuda.device_of(x):  # Triton launches on the current GPU
-        _rmsnorm_fwd_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
-            x,
-            r,
-            weight,
-            y,
-            h,
-            rstd,
-            x.stride(0),
-            r.stride(0),
-            M,
-            eps,
-            N=N,
-            ADD=residual is not None,
-            CAST_FIRST=cast_first,
-            **tile,
-        )
+        _rmsnorm_fwd_kernel[grid](*given, N=N, **kind, **tile)
     return y, h, rstd
 
 
@@ -240,23 +282,15 @@ def _rmsnorm_backward(
     add = dh is not None
     loads = (2 + add) * h.itemsize + weight.itemsize
     tile, per_sm = _bwd_tile(N, loads)
-    walkers = max(1, programs_at_once(h, per_sm) // tile["SPLIT"])
-    walkers = min(walkers, triton.cdiv(M, tile["BLOCK_M"]))
+    steps = triton.cdiv(M, tile.get("BLOCK_M", 1))
+    walkers = min(programs_at_once(h, per_sm), steps)
     partial = h.new_empty(walkers, N, dtype=torch.float32)
+    given = h, weight, rstd, dy, dy if dh is None else dh, dx, partial
+    long = N > IN_REGISTERS
+    kernel = _rmsnorm_bwd_long_kernel if long else _rmsnorm_bwd_kernel
     with torch.cuda.device_of(h):
-        _rmsnorm_bwd_kernel[(tile["SPLIT"], walkers)](
-            h,
-            weight,
-            rstd,
-            dy,
-            dy if dh is None else dh,
-            dx,
-            partial,
-            h.stride(0),
-            M,
-            N=N,
-            ADD=add,
-            **tile,
+        kernel[tile.get("SPLIT", 1), walkers](
+            *given, h.stride(0), M, N=N, ADD=add, **tile
         )
         return dx, column_sums(partial, weight.dtype)
 

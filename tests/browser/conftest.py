@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import json
 import os
 import shutil
 import threading
@@ -48,6 +49,23 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Unsearchable(Quiet):
+    """A host whose search index is empty.
+
+    Every page builds the index anew, a second of work. Only tests of the
+    search need the whole one.
+    """
+
+    def do_GET(self):
+        if not self.path.endswith("/search/search_index.json"):
+            return super().do_GET()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        config = {"lang": ["en"], "separator": " ", "fields": {}}
+        self.wfile.write(json.dumps({"config": config, "docs": []}).encode())
+
+
 class Poor(Quiet):
     """A host that knows few types of files."""
 
@@ -73,6 +91,12 @@ def poor_host():
 
 @pytest.fixture(scope="session")
 def address(site):
+    with serve(site, Unsearchable) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def searchable(site):
     with serve(site) as found:
         yield found
 

@@ -158,8 +158,8 @@ def test_page_asks_no_other_server_and_fits_a_phone(open_page, path):
 
 
 @pytest.mark.parametrize("words", ["显存占用", "KV缓存", "KV cache memory"])
-def test_search_finds_a_topic_by_another_name(open_page, words):
-    page = open_page()
+def test_search_finds_a_topic_by_another_name(open_page, searchable, words):
+    page = open_page(base=searchable)
     page.locator(".md-search__input").fill(words)
     page.keyboard.press("End")  # the search listens to keys, fill presses none
     found = page.locator(f'.md-search-result__link[href*="{KV.url}"]')

@@ -147,8 +147,9 @@ def test_large_map_stays_legible(chromium, large_address, width, scheme):
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_page_asks_no_other_server_and_fits_a_phone(open_page, path):
-    page = open_page(path)
+def test_page_asks_no_other_server_and_fits_a_phone(open_page, tab, path):
+    tab.set_viewport_size({"width": 1280, "height": 800})
+    page = open_page(path, tab=tab)
     assert page.locator("h1").count() == 1
     assert page.locator(".katex-error").count() == 0
     width = "document.documentElement.scrollWidth"

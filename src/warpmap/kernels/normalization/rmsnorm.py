@@ -165,19 +165,22 @@ def _rmsnorm_bwd_long_kernel(
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    # a row belongs to SPLIT programs, today one: each reads all of it, for
-    # the mean, and owns CHUNKS of its chunks
+    # a row belongs to SPLIT programs: each reads all of it, for the mean, and
+    # owns CHUNKS of its chunks; one program is fastest, but without this
+    # arithmetic the compiler spills
     part = tl.program_id(0)
     walker = tl.program_id(1)
     lane = tl.arange(0, BLOCK_N)
     own = part * CHUNKS * BLOCK_N + lane
     # the sums of each chunk: all that stays in registers from row to row
     dweight = (tl.zeros((BLOCK_N,), tl.float32),) * CHUNKS
+
     # not pipelined: what shared memory takes, the L1 cache loses
     for row in tl.range(walker, M, tl.num_programs(1), num_stages=1):
         h_row = h_ptr + tl.cast(row, tl.int64) * stride_hm
         offset = tl.cast(row, tl.int64) * N
         rstd = tl.load(rstd_ptr + row)
+
         # first the mean; its own part last: that one stays near
         total = tl.zeros((BLOCK_N,), tl.float32)
         last = (1 + SPLIT) * CHUNKS
@@ -188,6 +191,7 @@ def _rmsnorm_bwd_long_kernel(
             g *= load(weight_ptr + cols, mask, "evict_last")
             total += g * load(h_row + cols, mask, "evict_last")
         mean = tl.sum(total) * rstd / N
+
         # then its own part again, now from the L1 cache
         for i in tl.static_range(CHUNKS):
             cols = own + i * BLOCK_N
@@ -206,6 +210,7 @@ def _rmsnorm_bwd_long_kernel(
             # to the end: after CHUNKS turns all sums are in place
             dweight += (sums,)
             dweight = dweight[1:]
+
     for i in tl.static_range(CHUNKS):
         cols = own + i * BLOCK_N
         tl.store(dweight_ptr + walker * N + cols, dweight[i], cols < N)

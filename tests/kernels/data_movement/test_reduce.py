@@ -242,8 +242,8 @@ FAULTS = {
         "first = program.to(tl.int64) * 0",
     ),
     "elements rounded": (
-        "lanes).to(tl.float32)",
-        "lanes).to(tl.float16).to(tl.float32)",
+        "sums += x.to(",
+        "sums += x.to(tl.float16).to(",
     ),
     "sum in float16": (
         "total = tl.sum(sums, axis=0)",
@@ -426,7 +426,8 @@ def test_triton_loads_16_bytes_at_a_time_and_fills_an_sm(dtype):
         num_warps=num_warps,
     )
     assert kernel.spills == kernel.stack == 0
-    assert 16 * kernel.threads * kernel.opcodes["LDG.E.128"] == BLOCK * itemsize
+    loads = kernel.opcodes["LDG.E.EF.128"]
+    assert 16 * kernel.threads * loads == BLOCK * itemsize
     # of the programs that share 65536 registers 64 KiB are under way
     programs = 65536 // (kernel.threads * kernel.registers)
     assert programs * BLOCK * itemsize >= 65536

@@ -116,9 +116,12 @@ def _elementwise_kernel(
 NUM_WARPS = 4
 
 
-def _tile(N: int, itemsize: int) -> tuple[int, int]:
-    """``BLOCK_M`` and ``BLOCK_N``: 16 bytes a thread, short rows together."""
-    elements = 32 * NUM_WARPS * 16 // itemsize
+def _tile(N: int, itemsize: int, arrays: int) -> tuple[int, int]:
+    """``BLOCK_M`` and ``BLOCK_N``; short rows together.
+
+    A thread loads 32 bytes: a pack of each of two arrays, or two packs of one.
+    """
+    elements = 32 * NUM_WARPS * 32 // itemsize // arrays
     BLOCK_N = min(elements, triton.next_power_of_2(N))
     return elements // BLOCK_N, BLOCK_N
 
@@ -145,7 +148,8 @@ def _launch(OP: str, a: Tensor, b: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     M, stride_am, stride_bm, N, stride_an, stride_bn = layout
-    BLOCK_M, BLOCK_N = _tile(N, a.itemsize)
+    arrays = 1 if OP == "silu" else stride_an + stride_bn
+    BLOCK_M, BLOCK_N = _tile(N, a.itemsize, max(1, arrays))
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
     with torch.cuda.device_of(a):  # Triton launches on the current GPU
         _elementwise_kernel[(tiles,)](

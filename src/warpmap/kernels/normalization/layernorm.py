@@ -145,8 +145,8 @@ def _layernorm_fwd_kernel(
         at = i * BLOCK_N
         mask = cols + at < N
         normal = (load(x_ptrs + at, mask, "evict_first") - mean) * rstd
-        weight = load(weight_ptr + cols + at, mask, "evict_last")
-        bias = load(bias_ptr + cols + at, mask, "evict_last")
+        weight = load(weight_ptr + cols + at, mask, "")
+        bias = load(bias_ptr + cols + at, mask, "")
         tl.store(y_ptr + rows * N + cols + at, normal * weight + bias, mask)
 
 
@@ -275,9 +275,12 @@ def _fwd_tile(N: int) -> dict[str, int]:
     BLOCK_N = min(triton.next_power_of_2(N), IN_REGISTERS)
     # several short rows a program, so that its threads have enough to load
     BLOCK_M = max(1, 1024 // BLOCK_N)
-    # 32 elements a thread; of a long row 8 at a time, so that 32 registers
-    # are enough and a multiprocessor has room for two programs
-    num_warps = 32 if N > BLOCK_N else max(1, BLOCK_M * BLOCK_N // 1024)
+    # up to 2048 columns 16 elements a thread, then 32; of a long row 8 at a
+    # time, so that 32 registers are enough and a multiprocessor has room for
+    # two programs
+    num_warps = max(1, BLOCK_N // (512 if N <= 2048 else 1024))
+    if N > BLOCK_N:
+        num_warps = 32
     return {
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": BLOCK_N,

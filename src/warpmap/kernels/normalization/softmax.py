@@ -1,11 +1,12 @@
 """Row-wise softmax that reads and writes each element once.
 
 Plain PyTorch passes over the matrix at every step: max, subtract, exp, sum,
-divide. Here one program holds whole rows in registers.
+divide. Here one program holds whole rows on chip: in registers, or where they
+are too long for that, in the L1 cache.
 
     traffic  2 M N elements forward, 3 M N backward; the reference 8 M N + 4 M
-    limit    a row of 64 KiB forward, of 16384 elements backward; longer rows
-             go to online_softmax, which reads them twice
+    limit    a row of 128 KiB forward, of 64 KiB backward; longer rows go to
+             online_softmax, which reads them twice
 
 Reference: Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867
 """
@@ -14,21 +15,18 @@ import torch
 from torch import Tensor
 
 from warpmap.kernels import tl, triton
-from warpmap.kernels.normalization._softmax_rows import (
-    check_rows,
-    multiprocessors,
-)
+from warpmap.kernels.normalization._softmax_rows import check_rows
 from warpmap.kernels.normalization.online_softmax import (
     online_softmax,
     online_softmax_backward,
 )
 
-# forward keeps a float32 row in registers, and the next two in shared memory
-MAX_FORWARD_BYTES = 1 << 16
+# a row that is longer than this goes through registers in pieces
+IN_REGISTERS = 16384
 
-# backward keeps two float32 rows: at 16384 columns 128 KiB of the 256 KiB
-# of registers of a streaming multiprocessor; at 32768 the compiler spills
-MAX_BACKWARD_COLS = 1 << 14
+# what a program reads again and again must stay in the L1 cache: forward a row,
+# backward one of each of two matrices
+ON_CHIP = 1 << 17  # bytes
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -53,6 +51,12 @@ def softmax_reference(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def _load(ptrs, mask, other, cache: tl.constexpr):
+    x = tl.load(ptrs, mask, other=other, eviction_policy=cache)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def _softmax_fwd_kernel(
     x_ptr,
     y_ptr,
@@ -62,26 +66,44 @@ def _softmax_fwd_kernel(
     N,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
+    # 64-bit: row * stride overflows 32 bits on a large matrix
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)[:, None]
+    rows = tl.minimum(rows, M - 1)  # past the end: the last row once more
     cols = tl.arange(0, BLOCK_N)[None, :]
-    tiles = tl.cdiv(M, BLOCK_M)
-    # with three stages the load runs two tiles ahead
-    for tile in tl.range(
-        tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES
-    ):
-        # 64-bit: row * stride overflows 32 bits on a large matrix
-        first = tl.cast(tile, tl.int64) * BLOCK_M
-        rows = first + tl.arange(0, BLOCK_M)[:, None]
-        rows = tl.minimum(rows, M - 1)  # past the end: the last row once more
+    x_ptrs = x_ptr + rows * stride_xm + cols
+    y_ptrs = y_ptr + rows * stride_ym + cols
 
-        # -inf keeps padding out of the max, and 2^-inf = 0 out of the sum
-        x_ptrs = x_ptr + rows * stride_xm + cols
-        x = tl.load(x_ptrs, cols < N, other=-float("inf")).to(tl.float32)
-        shifted = x - tl.max(x, axis=1, keep_dims=True)
-        exps = tl.exp2(shifted * LOG2_E)  # a GPU raises 2, not e
-        scale = 1 / tl.sum(exps, axis=1, keep_dims=True)
-        tl.store(y_ptr + rows * stride_ym + cols, exps * scale, cols < N)
+    # pieces come from memory once, and then from the L1 cache
+    KEEP: tl.constexpr = "evict_last" if PIECES > 1 else ""
+    # -inf keeps padding out of the max, and 2^-inf = 0 out of the sum
+    pad = -float("inf")
+    tops = pad
+    for i in tl.static_range(PIECES):
+        at = i * BLOCK_N
+        x = _load(x_ptrs + at, cols + at < N, pad, KEEP)
+        tops = x if i == 0 else tl.maximum(tops, x)
+    top = tl.max(tops, axis=1, keep_dims=True)
+
+    sums = 0.0
+    for i in tl.static_range(PIECES):
+        at = i * BLOCK_N
+        # a load that asks for the same as the first would be merged with it,
+        # and its piece kept in registers, where there is no room
+        if PIECES > 1:
+            x = _load(x_ptrs + at, cols + at < N, pad, "")
+        exps = tl.exp2((x - top) * LOG2_E)  # a GPU raises 2, not e
+        sums = exps if i == 0 else sums + exps
+    scale = 1 / tl.sum(sums, axis=1, keep_dims=True)
+
+    for i in tl.static_range(PIECES):
+        at = i * BLOCK_N
+        if PIECES > 1:
+            x = _load(x_ptrs + at, cols + at < N, pad, "evict_first")
+            exps = tl.exp2((x - top) * LOG2_E)
+        tl.store(y_ptrs + at, exps * scale, cols + at < N)
 
 
 @triton.jit
@@ -96,40 +118,48 @@ def _softmax_bwd_kernel(
     N,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)[:, None]
     rows = tl.minimum(rows, M - 1)  # past the end: the last row once more
     cols = tl.arange(0, BLOCK_N)[None, :]
-    mask = cols < N
-
     y_ptrs = y_ptr + rows * stride_ym + cols
     dy_ptrs = dy_ptr + rows * stride_dym + cols
-    y = tl.load(y_ptrs, mask, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptrs, mask, other=0.0).to(tl.float32)
-    mean = tl.sum(y * dy, axis=1, keep_dims=True)
-    dx = y * (dy - mean)
-    tl.store(dx_ptr + rows * stride_dxm + cols, dx, mask)
+    dx_ptrs = dx_ptr + rows * stride_dxm + cols
+
+    KEEP: tl.constexpr = "evict_last" if PIECES > 1 else ""
+    sums = 0.0
+    for i in tl.static_range(PIECES):
+        at = i * BLOCK_N
+        y = _load(y_ptrs + at, cols + at < N, 0.0, KEEP)
+        dy = _load(dy_ptrs + at, cols + at < N, 0.0, KEEP)
+        sums = y * dy if i == 0 else sums + y * dy
+    mean = tl.sum(sums, axis=1, keep_dims=True)
+
+    for i in tl.static_range(PIECES):
+        at = i * BLOCK_N
+        if PIECES > 1:
+            y = _load(y_ptrs + at, cols + at < N, 0.0, "evict_first")
+            dy = _load(dy_ptrs + at, cols + at < N, 0.0, "evict_first")
+        tl.store(dx_ptrs + at, y * (dy - mean), cols + at < N)
 
 
-def _tile(N: int, itemsize: int) -> tuple[int, int, int]:
-    """``BLOCK_M``, ``BLOCK_N`` and warps for rows of ``N`` elements."""
-    BLOCK_N = triton.next_power_of_2(N)
+def _tile(N: int, itemsize: int) -> dict[str, int]:
+    """Launch parameters for rows of ``N`` elements."""
+    BLOCK_N = min(triton.next_power_of_2(N), IN_REGISTERS)
     # several short rows a program, so that its threads have enough to load
     BLOCK_M = max(1, 1024 // BLOCK_N)
     tile = BLOCK_M * BLOCK_N
     # 16 elements a thread, in long rows 64 bytes
     num_warps = max(min(16, tile // 512), tile * itemsize // 2048)
-    return BLOCK_M, BLOCK_N, num_warps
-
-
-def _schedule(tiles: int, BLOCK_N: int, sms: int) -> tuple[int, int]:
-    """Programs and pipeline stages of the forward kernel."""
-    # two rows or more on a multiprocessor: while one waits, others work
-    if BLOCK_N <= 16384:
-        return tiles, 1
-    # only one fits: its program stays, and loads the next two rows early
-    return min(tiles, sms), 3
+    return {
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_N": BLOCK_N,
+        "PIECES": triton.cdiv(N, BLOCK_N),
+        # in pieces, so few registers are enough that all threads fit
+        "num_warps": 32 if N > BLOCK_N else num_warps,
+    }
 
 
 @torch.library.custom_op("warpmap::softmax", mutates_args=())
@@ -138,21 +168,10 @@ def _softmax(x: Tensor) -> Tensor:
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y
-    BLOCK_M, BLOCK_N, num_warps = _tile(N, x.itemsize)
-    tiles = triton.cdiv(M, BLOCK_M)
-    programs, STAGES = _schedule(tiles, BLOCK_N, multiprocessors(x))
+    tile = _tile(N, x.itemsize)
     with torch.cuda.device_of(x):  # Triton launches on the current GPU
-        _softmax_fwd_kernel[(programs,)](
-            x,
-            y,
-            x.stride(0),
-            y.stride(0),
-            M,
-            N,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            STAGES=STAGES,
-            num_warps=num_warps,
+        _softmax_fwd_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
+            x, y, x.stride(0), y.stride(0), M, N, **tile
         )
     return y
 
@@ -160,27 +179,16 @@ def _softmax(x: Tensor) -> Tensor:
 @torch.library.custom_op("warpmap::softmax_backward", mutates_args=())
 def _softmax_backward(y: Tensor, dy: Tensor) -> Tensor:
     M, N = y.shape
-    if N > MAX_BACKWARD_COLS:
+    if 2 * N * y.itemsize > ON_CHIP:
         longer: Tensor = online_softmax_backward(y, dy)
         return longer
     dx = y.new_empty(M, N)
     if dx.numel() == 0:
         return dx
-    BLOCK_M, BLOCK_N, num_warps = _tile(N, y.itemsize)
+    tile = _tile(N, y.itemsize)
+    given = y, dy, dx, y.stride(0), dy.stride(0), dx.stride(0), M, N
     with torch.cuda.device_of(y):
-        _softmax_bwd_kernel[(triton.cdiv(M, BLOCK_M),)](
-            y,
-            dy,
-            dx,
-            y.stride(0),
-            dy.stride(0),
-            dx.stride(0),
-            M,
-            N,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            num_warps=num_warps,
-        )
+        _softmax_bwd_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](*given, **tile)
     return dx
 
 
@@ -215,7 +223,7 @@ def softmax(x: Tensor) -> Tensor:
         [[0.25, 0.25, 0.25, 0.25]]
     """
     check_rows(x)
-    if x.shape[1] * x.itemsize > MAX_FORWARD_BYTES:
+    if x.shape[1] * x.itemsize > ON_CHIP:
         return online_softmax(x)
     y: Tensor = _softmax(x)
     return y

@@ -410,7 +410,7 @@ def test_fits_in_registers_and_moves_16_bytes_at_a_time(direction, dtype, N):
             "STG.E.128": stores,
         }
     # forward in 16 bits: one row loads while the other is added up
-    rows = 2 if (direction, dtype) == ("fwd", "bf16") and N <= 32768 else 1
+    rows = 2 if (direction, dtype) == ("fwd", "bf16") else 1
     registers = 8 * -(-kernel.registers // 8)  # given out by eights
     assert rows * kernel.threads * registers <= 65536
 
@@ -424,8 +424,8 @@ def test_a_thread_never_holds_more_than_where_it_was_compiled():
 
     for dtype, longest in (("bf16", 65536), ("fp32", 32768)):
         for N in range(1, longest + 1):
-            half_rows = dtype == "bf16" and 8192 < N <= 16384
-            assert in_a_thread(N, dtype) == (32 if half_rows else 16)
+            many = dtype == "bf16" and (8192 < N <= 16384 or N > 32768)
+            assert in_a_thread(N, dtype) == (32 if many else 16)
 
 
 # On a GPU

@@ -153,12 +153,15 @@ def _tile(N: int, itemsize: int) -> dict[str, int]:
     tile = BLOCK_M * BLOCK_N
     # 16 elements a thread, in long rows 64 bytes
     num_warps = max(min(16, tile // 512), tile * itemsize // 2048)
+    PIECES = triton.cdiv(N, BLOCK_N)
+    if PIECES > 1:
+        # as many as leave room for two programs on a multiprocessor, forward
+        num_warps = 32 if PIECES == 2 else 16
     return {
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": BLOCK_N,
-        "PIECES": triton.cdiv(N, BLOCK_N),
-        # in pieces, so few registers are enough that all threads fit
-        "num_warps": 32 if N > BLOCK_N else num_warps,
+        "PIECES": PIECES,
+        "num_warps": num_warps,
     }
 
 

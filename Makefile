@@ -70,7 +70,7 @@ clean: ## remove all that make made, .venv too
 
 # -- for contributors ----------------------------------------------------------
 
-check: lint types test slow site browser wheel ## all that must pass
+check: lint types test slow browser wheel ## all that must pass
 	@echo "make check: everything passed"
 
 lint: .venv/test/ready-dev ## ruff, codespell, actionlint, zizmor
@@ -87,8 +87,8 @@ types: .venv/test/ready-dev ## mypy and tsc
 site: .venv/site/ready bundle ## build the site strictly, into site/
 	$(SITE)/mkdocs build --strict --quiet
 
-browser: .venv/test/ready-dev bundle ## test the site in a headless Chromium
-	$(TEST)/python -m pytest tests/browser -n 2 --dist worksteal
+browser: .venv/test/ready-dev site ## test the site in a headless Chromium
+	$(TEST)/python -m pytest tests/browser -n 2 --dist worksteal --site site
 
 wheel: .venv/test/ready-dev bundle ## build the wheel, try it where nothing else is
 	rm -rf build/lib build/bdist.* build/wheel build/clean && mkdir -p build

@@ -1,13 +1,15 @@
 """What every test gets: a seed, poisoned memory, and an honest choice of GPU.
 
 ``--gpu N`` promises N GPUs: with fewer the run stops instead of leaving tests
-out. ``--report FILE`` writes what passed, for the pages to show.
+out. ``--report FILE`` writes what passed, for the pages to show. ``--site
+FOLDER`` names a site that was just built strictly, so that none is built.
 """
 
 import contextlib
 import random
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from ranks import ranks  # noqa: F401  the fixture
@@ -23,6 +25,7 @@ def gpu_count():
 def pytest_addoption(parser):
     parser.addoption("--gpu", type=int, default=0, metavar="N")
     parser.addoption("--report", metavar="FILE")
+    parser.addoption("--site", type=Path, metavar="FOLDER")
 
 
 def pytest_configure(config):
@@ -76,10 +79,14 @@ def _seeded_and_poisoned():
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory):
+def site(request, tmp_path_factory):
     """The site, built strictly once for all tests that read it."""
     from building import ROOT, build
 
+    given = request.config.getoption("--site")
+    if given:
+        assert (given / "index.html").is_file(), f"{given} is no built site"
+        return given
     out = tmp_path_factory.mktemp("site")
     done = build(ROOT, out)
     assert done.returncode == 0, done.stderr

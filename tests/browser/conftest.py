@@ -134,6 +134,14 @@ def tab(chromium):
     context.close()
 
 
+@pytest.fixture(scope="module")
+def plain_tab(chromium):
+    """A tab that runs no script."""
+    context = chromium.new_context(java_script_enabled=False)
+    yield context.new_page()
+    context.close()
+
+
 @pytest.fixture
 def open_page(chromium, address):
     """``open_page(path, base, **context)``: a page of the site, or of another.

@@ -41,6 +41,16 @@ class Calculator:
         return re.findall(r' (?:d|width|cx)="([^"]+)"', chart)
 
     @property
+    def scheme(self):
+        """Half of them are looked at in the dark."""
+        return "dark" if len(self.name) % 2 else "light"
+
+    @property
+    def kind(self):
+        fields = frozenset(f.kind for f in self.form.fields)
+        return fields, bool(self.chart), bool(self.menus)
+
+    @property
     def change(self):
         """A field and a text that make Python answer something else."""
         for field in self.form.fields:
@@ -70,6 +80,8 @@ CALCULATORS = [
 ]
 KV = next(c for c in CALCULATORS if c.name == "kv_cache_size")
 EVERY = pytest.mark.parametrize("calculator", CALCULATORS, ids=lambda c: c.name)
+# one of each kind: with these kinds of fields, with a chart, with menus
+OF_EACH_KIND = {c.kind: c for c in CALCULATORS}.values()
 
 
 class Part:
@@ -111,23 +123,46 @@ class Part:
 
 
 @EVERY
-def test_defaults_read_without_a_script(open_page, calculator):
-    page = open_page(calculator.url, java_script_enabled=False)
-    part = Part(page, calculator)
+def test_defaults_read_without_a_script(plain_tab, address, calculator):
+    plain_tab.goto(address + calculator.url)
+    part = Part(plain_tab, calculator)
     part.expect_shown(calculator.shown())
     assert part.control(calculator.number).is_disabled()
     assert part.drawn() == calculator.drawn()
     assert part.root.locator("button:visible").count() == 0
 
 
-@EVERY
-def test_it_does_what_python_does(open_page, calculator):
+def test_every_answer_is_that_of_python_here(open_page):
+    """All on one start of Python, past the forms."""
+    page = open_page(KV.url)
+    (script,) = ROOT.glob("src/warpmap_site/theme/assets/bundle/pyodide-*.js")
+    for calculator in CALCULATORS:
+        for texts in (
+            {},
+            calculator.change,
+            *({calculator.number: text} for text in ("abc", "-1", "0", "")),
+        ):
+            given = {
+                "function": calculator.function,
+                "arguments": texts,
+                "chart": calculator.chart,
+            }
+            answer = page.evaluate(
+                """async ([script, given]) =>
+                  (await import(script)).call(
+                    'warpmap_site.forms', 'evaluate', given)""",
+                [f"/assets/bundle/{script.name}", given],
+            )
+            assert answer == calculator.answer(**texts), calculator.name
+
+
+@pytest.mark.parametrize("calculator", OF_EACH_KIND, ids=lambda c: c.name)
+def test_form_does_what_python_does(open_page, calculator):
     """A link, bad input, Reset and a change, all on one start of Python."""
     given = calculator.change
     query = {f"{calculator.name}.{k}": v for k, v in given.items()}
-    scheme = "dark" if CALCULATORS.index(calculator) % 2 else "light"
     page = open_page(
-        f"{calculator.url}?{urlencode(query)}", color_scheme=scheme
+        f"{calculator.url}?{urlencode(query)}", color_scheme=calculator.scheme
     )
     part = Part(page, calculator)
     part.expect_shown(calculator.shown(**given))  # the link brought it back
@@ -160,7 +195,6 @@ def test_it_does_what_python_does(open_page, calculator):
     assert part.drawn() == calculator.drawn(**given)
     table = calculator.answer(**given).get("table", [])
     assert part.root.locator(".wm-chart-data tr").count() == len(table)
-    assert part.violations() == []
 
 
 @pytest.mark.parametrize(
@@ -223,13 +257,12 @@ def test_link_is_copied(open_page):
 
 
 @EVERY
-def test_it_fits_a_phone_and_loads_no_python_yet(chromium, address, calculator):
-    page = chromium.new_page(viewport={"width": 360, "height": 740})
+def test_it_fits_a_phone_and_loads_no_python_yet(open_page, tab, calculator):
+    tab.set_viewport_size({"width": 360, "height": 740})
+    tab.emulate_media(color_scheme=calculator.scheme)
     asked = []
-    page.on("request", lambda r: asked.append(r.url))
-    page.goto(address + calculator.url)
-    page.wait_for_load_state("networkidle")
-    part = Part(page, calculator)
+    tab.on("request", lambda r: asked.append(r.url))
+    part = Part(open_page(calculator.url, tab=tab), calculator)
     expect(part.control(calculator.number)).to_be_enabled()
     assert [url for url in asked if "pyodide" in url or ".zip" in url] == []
     cut = part.root.evaluate(
@@ -238,5 +271,4 @@ def test_it_fits_a_phone_and_loads_no_python_yet(chromium, address, calculator):
           .filter(e => e.getBoundingClientRect().right > innerWidth)
           .map(e => e.outerHTML)"""
     )
-    page.close()
-    assert cut == []
+    assert cut == part.violations() == []

@@ -19,6 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # uv installs in seconds what takes pip a minute. It looks where pip looks.
 UV := uv==0.13.9
 export UV_INDEX_STRATEGY ?= unsafe-best-match
+export UV_SYSTEM_CERTS ?= true
 $(foreach v,INDEX_URL EXTRA_INDEX_URL FIND_LINKS CONSTRAINT,\
     $(if $(PIP_$v),$(eval export UV_$v ?= $(PIP_$v))))
 

@@ -305,17 +305,20 @@ def test_serve_leaves_no_process_behind(clone, tmp_path, number):
         text=True,
     )
     with process:
-        said = [process.stdout.readline() for _ in range(4)]
-        assert f"http://127.0.0.1:{port}/#kernel=" in said[1]
-        children = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(process.pid)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()
-        assert len(children) == 2
-        process.send_signal(getattr(signal, number))
-        assert process.wait(20) == 0
+        try:
+            said = [process.stdout.readline() for _ in range(4)]
+            assert f"http://127.0.0.1:{port}/#kernel=" in said[1]
+            children = subprocess.run(
+                ["ps", "-o", "pid=", "--ppid", str(process.pid)],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()
+            assert len(children) == 2
+            process.send_signal(getattr(signal, number))
+            assert process.wait(20) == 0
+        finally:
+            process.kill()  # a failure must not wait for it
     for pid in children:
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)

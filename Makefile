@@ -55,9 +55,8 @@ bench: ## measure the topics on the machine's own PyTorch and GPU
 sanitize: ## run every kernel's small case under compute-sanitizer
 	for tool in memcheck racecheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
-	        --kernel-name-exclude kernel_substring=nvjet \
 	        --error-exitcode 1 $(GPU_PYTHON) -m pytest -m sanitize --gpu 1 \
-	        tests/kernels tests/hardware || exit 1; \
+	        tests/kernels tests/hardware tests/tools || exit 1; \
 	done
 
 labs: .venv/test/ready ## run the notebooks of docs/labs and store their outputs

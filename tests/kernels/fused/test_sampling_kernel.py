@@ -137,6 +137,7 @@ def inverse_cdf(x, seed):
     return piece * PIECE + int((inside > v * inside[-1]).int().argmax())
 
 
+@pytest.mark.sanitize
 def test_a_row_gets_the_token_of_its_seed_whatever_the_batch():
     x = normal((4, PIECE + 77))
     x[1] = x[0]

@@ -104,7 +104,8 @@ def test_agrees_with_float64(chunk, dtype):
 
 @pytest.mark.sanitize
 def test_every_kernel_runs_in_chunks_with_a_rest():
-    inputs = made(torch.bfloat16, (5, 16, 5000))
+    # float32: cuBLAS's kernels of 16-bit products break under racecheck
+    inputs = made(torch.float32, (5, 16, 5000))
     loss, dhidden, dweight = trained(linear_cross_entropy)(*inputs, chunk=2)
     assert all(t.isfinite().all() for t in (loss, dhidden, dweight))
 

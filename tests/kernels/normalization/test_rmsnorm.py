@@ -356,11 +356,12 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.sanitize
-def test_every_kernel_runs_once():
-    x, weight, dy = matrices((20, 90), torch.float16)
-    check_add(add_rmsnorm, x, x.flip(0), weight, dy, dy.flip(0))
-    check_forward(rmsnorm, x, weight)
-    check_backward(rmsnorm, x, weight, dy)
+def test_every_kernel_runs_at_its_edges():
+    for shape in ((20, 90), (3, IN_REGISTERS + 1)):
+        x, weight, dy = matrices(shape, torch.float16)
+        check_add(add_rmsnorm, x, x.flip(0), weight, dy, dy.flip(0))
+        check_forward(rmsnorm, x, weight)
+        check_backward(rmsnorm, x, weight, dy)
 
 
 # The sums over all rows

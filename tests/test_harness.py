@@ -49,6 +49,7 @@ WRONG = {
     "a row unwritten": unwritten,
     "another shape": lambda x: -x[1:],
     "half precision": lambda x: (-x).half().float(),
+    "no result": lambda x: (),
 }
 
 
@@ -70,6 +71,14 @@ def test_a_peer_that_is_wrong_is_told_apart(fault):
     _, failed = check(case(peers=peers))
     assert list(failed) == ["other"]
     assert failed["other"].startswith("wrong: error")
+
+
+def test_a_pytorch_that_is_wrong_excuses_nobody():
+    peers = {"torch": lambda x: -1.4 * x}
+    _, failed = check(case(peers=peers))
+    assert list(failed) == ["torch"]
+    with pytest.raises(RuntimeError, match="ours is wrong"):
+        check(case(lambda x: -1.5 * x, peers))
 
 
 def test_whole_numbers_must_be_equal():

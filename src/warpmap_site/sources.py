@@ -36,6 +36,19 @@ class Files:
         return self.root / "src/warpmap" / f"{self.path}.py"
 
     @property
+    def private(self) -> list[Path]:
+        """What the module imports of its folder, ``_name.py``."""
+        if not self.module.exists():
+            return []
+        package = "warpmap." + self.path.rpartition("/")[0].replace("/", ".")
+        found = re.findall(
+            rf"^ *from {package}(?:\.| import )(_[a-z]\w*)",
+            self.module.read_text("utf-8"),
+            re.MULTILINE,
+        )
+        return [self.module.with_name(f"{n}.py") for n in sorted({*found})]
+
+    @property
     def cuda(self) -> Path:
         """CUDA C++ beside the module; few topics have it."""
         return self.module.with_suffix(".cu")
@@ -60,13 +73,16 @@ class Files:
         """A short hash of what a result rests on.
 
         Args:
-            parts: Which files; those that do not exist are left out.
+            parts: Which files; those that do not exist are left out. With
+                the module go the private ones that it imports.
 
         Examples:
             >>> Files(Path("nowhere"), "a/b/c").digest("module", "test")
             'e3b0c44298fc'
         """
         files = [getattr(self, part) for part in parts]
+        if "module" in parts:
+            files += self.private
         code = b"\0".join(f.read_bytes() for f in files if f.exists())
         return hashlib.sha256(code).hexdigest()[:12]
 

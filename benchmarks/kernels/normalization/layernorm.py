@@ -24,7 +24,7 @@ from warpmap_site.harness import (
 )
 
 ELEMENTS = 2**27
-COLUMNS = (1024, 4096, 8192, 32768)
+COLUMNS = (1024, 4096, 8192, 12288, 32768)
 EPS = 1e-5
 
 

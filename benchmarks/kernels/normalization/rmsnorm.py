@@ -18,7 +18,7 @@ from warpmap.kernels.normalization.rmsnorm import (
 from warpmap_site.harness import Case, Missing, compiled, gradient, optional
 
 ELEMENTS = 2**27
-COLUMNS = (1024, 4096, 8192, 32768)
+COLUMNS = (1024, 4096, 8192, 12288, 32768)
 EPS = 1e-6
 
 

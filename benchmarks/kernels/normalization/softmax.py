@@ -13,7 +13,7 @@ from warpmap.kernels.normalization.softmax import softmax, softmax_reference
 from warpmap_site.harness import Case, compiled, gradient, optional
 
 ELEMENTS = 2**27
-COLUMNS = (1024, 4096, 8192, 32768, 65536, 131072)
+COLUMNS = (1024, 4096, 8192, 12288, 32768, 65536, 131072)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

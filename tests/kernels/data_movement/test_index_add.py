@@ -177,7 +177,7 @@ AT = torch.zeros(5, dtype=torch.int64)
         (OUT, AT, SOURCE[:, :2], r"\(5, 2\)"),
         (OUT.double(), AT, SOURCE.double(), "float64"),
         (OUT, AT, SOURCE.half(), "float32 and torch.float16"),
-        (OUT, AT.float(), SOURCE, "int64, got torch.float32"),
+        (OUT, AT.float(), SOURCE, "int64 or int32, got torch.float32"),
         (OUT.to("meta"), AT, SOURCE, "one device"),
         (OUT, AT, torch.ones(3, 5).T, r"strides \(1, 5\)"),
     ],

@@ -203,13 +203,13 @@ def test_agrees_with_float64(shape, dtype):
     check(layernorm, *matrices(shape, dtype))
 
 
-# the longest row in registers; one column more; chunks that are all full, an
-# own part without one of them; one column in the last; the longest row
+# the longest row in registers; one column more; chunks that are all full; two
+# programs a row, one without its last chunk, and one with a column in it
 @pytest.mark.parametrize(
-    "N", [IN_REGISTERS, IN_REGISTERS + 1, 12288, 16385, MAX_COLS]
+    "N", [IN_REGISTERS, IN_REGISTERS + 1, 12288, 16385, 20481, MAX_COLS]
 )
 def test_rows_at_the_ends_of_chunks(N, monkeypatch):
-    # two programs a long row, and one of two walkers comes round again
+    # one of the walkers comes round again
     monkeypatch.setattr(module, "programs_at_once", lambda *_: 4)
     check(layernorm, *matrices((3, N), torch.float16))
 
@@ -470,8 +470,8 @@ def test_a_mistake_in_the_backward_kernel_of_long_rows_is_caught(
     kernel = "_layernorm_bwd_long_kernel"
     wrong = mutant_of(kernel, *LONG_BACKWARD_FAULTS[fault], tmp_path)
     wrong.programs_at_once = lambda *_: 4
-    # four chunks, the last of one column
-    check_wrong_gradients(wrong, *matrices((5, 12289)))
+    # six chunks for two programs, the last of one column
+    check_wrong_gradients(wrong, *matrices((5, 20481)))
 
 
 def test_a_gradient_with_its_layout_ignored_is_caught(tmp_path):
@@ -482,6 +482,8 @@ def test_a_gradient_with_its_layout_ignored_is_caught(tmp_path):
 
 
 # What the compiler makes of the kernels
+
+WIDTH = {"bf16": 2, "fp32": 4}
 
 
 def memory(kernel, name):
@@ -495,7 +497,14 @@ def memory(kernel, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("N", "dtype"), [(1024, "bf16"), (4096, "fp32"), (MAX_COLS, "bf16")]
+    ("N", "dtype"),
+    [
+        (1024, "bf16"),
+        (4096, "fp32"),
+        (5120, "bf16"),
+        (12288, "bf16"),
+        (MAX_COLS, "bf16"),
+    ],
 )
 def test_forward_fits_in_registers_and_moves_16_bytes_at_a_time(N, dtype):
     tile = _fwd_tile(N)
@@ -525,13 +534,14 @@ def test_forward_fits_in_registers_and_moves_16_bytes_at_a_time(N, dtype):
         (4096, "bf16"),
         (4096, "fp32"),
         (8192, "bf16"),
+        (12288, "bf16"),
         (16384, "bf16"),
         (16384, "fp32"),
         (MAX_COLS, "bf16"),
     ],
 )
 def test_backward_fits_in_registers(N, dtype):
-    tile, per_sm = _bwd_tile(N)
+    tile, per_sm = _bwd_tile(N, WIDTH[dtype])
     long = "_long" if N > IN_REGISTERS else ""
     kernel = compile_sm90a(
         f"{module.__name__}:_layernorm_bwd{long}_kernel",

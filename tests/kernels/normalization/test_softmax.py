@@ -1,5 +1,7 @@
 """Softmax is exact to rounding, forward and backward, at every edge."""
 
+import itertools
+
 import pytest
 import torch
 from aot import compile_sm90a
@@ -8,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from warpmap import DEVICE
 from warpmap.kernels.normalization import softmax as module
-from warpmap.kernels.normalization._softmax_rows import DTYPES
+from warpmap.kernels.normalization._rows import DTYPES
 from warpmap.kernels.normalization.softmax import (
     IN_REGISTERS,
     ON_CHIP,
@@ -192,8 +194,8 @@ def test_what_is_not_finite_goes_where_torch_lets_it_go():
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(4), r"matrix.*\(4,\)"),
-        (torch.zeros(2, 3, 4), r"matrix.*\(2, 3, 4\)"),
+        (torch.zeros(4), r"\(M, N\).*\(4,\)"),
+        (torch.zeros(2, 3, 4), r"\(M, N\).*\(2, 3, 4\)"),
         (torch.zeros(2, 3, dtype=torch.float64), "float64"),
         (torch.zeros(2, 3, dtype=torch.int32), "int32"),
         (torch.zeros(2, 3, device="meta"), "on meta|got meta"),
@@ -363,24 +365,32 @@ SIZES = {"fp32": 4, "bf16": 2}
 
 def compiled(direction, N, dtype):
     names = {"fwd": ["x", "y"], "bwd": ["y", "dy", "dx"]}[direction]
-    tile = _tile(N, SIZES[dtype])
+    tile = _tile(N, SIZES[dtype], direction == "bwd")
+    whole = ":16" if N % 16 == 0 else ""
     return compile_sm90a(
         f"{module.__name__}:_softmax_{direction}_kernel",
         {
             **{f"{n}_ptr": f"*{dtype}:16" for n in names},
-            **{f"stride_{n}m": "i32:16" for n in names},
-            **{"M": "i32", "N": "i32:16"},
+            **{f"stride_{n}m": "i32" + whole for n in names},
+            **{"M": "i32", "N": "i32" + whole},
         },
         {name: tile[name] for name in ("BLOCK_M", "BLOCK_N", "PIECES")},
         num_warps=tile["num_warps"],
     )
 
 
-# many rows a program; then the longest rows in registers and in pieces
+# many rows a program; the longest in registers; then in pieces: the longest of
+# each number of warps, and the longest of all
 COMPILED = [("fwd", "bf16", 64), ("bwd", "bf16", 64)]
-COMPILED += [("fwd", dtype, N) for dtype in SIZES for N in (16384, 32768)]
-COMPILED += [("fwd", "bf16", 65536), ("bwd", "bf16", 16384)]
-COMPILED += [("bwd", "bf16", 32768), ("bwd", "fp32", 16384)]
+COMPILED += [
+    (direction, dtype, IN_REGISTERS)
+    for direction in ("fwd", "bwd")
+    for dtype in SIZES
+]
+COMPILED += [("fwd", "bf16", N) for N in (24576, 49152, 65536)]
+COMPILED += [("fwd", "fp32", N) for N in (24576, 32768)]
+COMPILED += [("bwd", "bf16", 24576), ("bwd", "bf16", 32768)]
+COMPILED += [("bwd", "fp32", 16384)]
 
 
 @pytest.mark.slow
@@ -389,7 +399,7 @@ def test_fits_in_registers_and_moves_16_bytes_at_a_time(direction, dtype, N):
     kernel = compiled(direction, N, dtype)
     assert kernel.spills == kernel.stack == 0
     # an element is stored once: the traffic that the page claims
-    tile = _tile(N, SIZES[dtype])
+    tile = _tile(N, SIZES[dtype], direction == "bwd")
     row = tile["BLOCK_M"] * tile["BLOCK_N"] * tile["PIECES"] * SIZES[dtype]
     stores = kernel.opcodes["STG.E.128"]
     assert 16 * kernel.threads * stores == row
@@ -415,17 +425,26 @@ def test_fits_in_registers_and_moves_16_bytes_at_a_time(direction, dtype, N):
     assert rows * kernel.threads * registers <= 65536
 
 
-def test_a_thread_never_holds_more_than_where_it_was_compiled():
-    def in_a_thread(N, dtype):
-        tile = _tile(N, SIZES[dtype])
-        assert 1 <= tile["num_warps"] <= 32
-        assert tile["PIECES"] * tile["BLOCK_N"] >= N
-        return tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile["num_warps"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("direction", "N"),
+    [("fwd", N) for N in (8191, 24575, 49151, 65535)]
+    + [("bwd", N) for N in (8191, 24575, 32767)],
+)
+def test_nor_do_rows_spill_whose_elements_are_loaded_one_by_one(direction, N):
+    kernel = compiled(direction, N, "bf16")
+    assert kernel.spills == kernel.stack == 0
 
+
+def test_a_thread_never_holds_more_than_where_it_was_compiled():
     for dtype, longest in (("bf16", 65536), ("fp32", 32768)):
-        for N in range(1, longest + 1):
-            many = dtype == "bf16" and (8192 < N <= 16384 or N > 32768)
-            assert in_a_thread(N, dtype) == (32 if many else 16)
+        for N, backward in itertools.product(range(1, longest + 1), (0, 1)):
+            tile = _tile(N, SIZES[dtype], bool(backward))
+            assert 1 <= tile["num_warps"] <= 32
+            assert tile["PIECES"] * tile["BLOCK_N"] >= N
+            elements = tile["BLOCK_M"] * tile["BLOCK_N"]
+            most = 32 if dtype == "bf16" else 16
+            assert elements <= most * 32 * tile["num_warps"]
 
 
 # On a GPU

@@ -22,6 +22,7 @@ from warpmap.tools.compilers.triton_language import (
     DTYPES,
     MAX_COLS,
     _is_even,
+    _row_tile,
     _tile,
     add,
     matmul,
@@ -380,12 +381,12 @@ def test_add_moves_16_bytes_where_16_divides_everything():
 @pytest.mark.slow
 @pytest.mark.parametrize("N", [64, 4096, MAX_COLS])
 def test_row_max_reads_a_row_once_and_keeps_it_in_registers(N):
-    BLOCK_M, warps = max(1, 2048 // N), max(4, min(16, N // 1024))
+    BLOCK_M, BLOCK_N, warps = _row_tile(N)
     kernel = compile_sm90a(
         f"{module.__name__}:_row_max_kernel",
         {"x_ptr": "*bf16:16", "out_ptr": "*bf16:16"}
         | {"stride_xm": "i32:16", "M": "i32", "N": "i32:16"},
-        {"BLOCK_M": BLOCK_M, "BLOCK_N": N},
+        {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
         num_warps=warps,
     )
     assert kernel.spills == kernel.stack == 0

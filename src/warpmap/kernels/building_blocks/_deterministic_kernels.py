@@ -20,7 +20,7 @@ def _atomic_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
 @triton.jit
 def _split_kernel(x_ptr, parts_ptr, N, size, splits, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // splits).to(tl.int64)
-    first = tl.program_id(0) % splits * size
+    first = (tl.program_id(0) % splits).to(tl.int64) * size
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, size, BLOCK):

@@ -126,6 +126,11 @@ def _checked(y: Tensor, x: Tensor, width: int, device: str) -> Plan:
             raise ValueError(
                 f"expected {name} contiguous, got strides {tensor.stride()}"
             )
+        if tensor.is_conj() or tensor.is_neg():
+            raise ValueError(
+                f"expected {name} as it stands in memory, got a lazy conjugate "
+                "or negative: call resolve_conj() or resolve_neg() first"
+            )
     begins, n_bytes = (x.data_ptr(), y.data_ptr()), x.nbytes
     if abs(begins[0] - begins[1]) < n_bytes:
         raise ValueError("expected x and y apart in memory; they overlap")

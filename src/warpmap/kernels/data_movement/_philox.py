@@ -34,7 +34,8 @@ def philox4x32(
     a, b, c, d = counter
     k0, k1 = key
     for _ in range(rounds):
-        # the high half of a product is well mixed: it goes to the other pair
+        # both halves of a product go to the other pair; the high one, which
+        # is well mixed, meets a word and the key there
         first, second = MULTIPLIERS[0] * a, MULTIPLIERS[1] * c
         a, b = (second >> 32) & WORD ^ b ^ k0, second & WORD
         c, d = (first >> 32) & WORD ^ d ^ k1, first & WORD

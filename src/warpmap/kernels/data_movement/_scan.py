@@ -67,7 +67,7 @@ def hillis_steele(
             n = len(sums)
             says = f"each adds the cell {apart} before it"
             written = [*range(apart, len(cells))]
-            record(Step(says, cells[:], [*range(n)], written, n))
+            record(Step(says, cells[:], [*range(len(cells))], written, n))
         apart *= 2
     return cells
 
@@ -106,13 +106,12 @@ def blelloch(
             cells[j] = op(cells[i], cells[j])
         if record:
             says = f"up: each right end adds the cell {s} before it"
-            record(Step(says, cells[:], left, right, len(right)))
+            record(Step(says, cells[:], left + right, right, len(right)))
 
     cells[-1] = identity
     if record:
-        record(
-            Step("the total makes way for nothing", cells[:], [], [n - 1], 0)
-        )
+        says = "nothing lies before the first: the total gives way to that"
+        record(Step(says, cells[:], [], [n - 1], 0))
     for s in reversed(apart):
         right = [*range(2 * s - 1, n, 2 * s)]
         left = [i - s for i in right]
@@ -121,7 +120,8 @@ def blelloch(
             cells[i], cells[j] = cells[j], op(cells[j], cells[i])
         if record:
             says = f"down: ends swap with the cell {s} before, and add"
-            record(Step(says, cells[:], [], left + right, len(right)))
+            both = left + right
+            record(Step(says, cells[:], both, both, len(right)))
     return cells
 
 

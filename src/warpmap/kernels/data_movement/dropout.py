@@ -62,7 +62,7 @@ def keep_mask(n: int, p: float, seed: int) -> Tensor:
 
 
 def dropout_reference(x: Tensor, p: float, seed: int) -> Tensor:
-    """Multiply by a mask of zeros and ones, and scale up what stays.
+    """Zero where the mask is off; what stays is scaled up.
 
     Args:
         x: Any shape.
@@ -78,7 +78,7 @@ def dropout_reference(x: Tensor, p: float, seed: int) -> Tensor:
     """
     mask = keep_mask(x.numel(), p, seed).view(x.shape).to(x.device)
     stays = 1 - threshold(p) / 2**16
-    return (x.float() * mask / stays).to(x.dtype)
+    return torch.where(mask, x.float() / stays, 0.0).to(x.dtype)
 
 
 @triton.jit
@@ -168,8 +168,8 @@ def dropout(
         The same shape and dtype, contiguous.
 
     Raises:
-        ValueError: If ``x`` has another dtype or device, or ``p`` or ``seed``
-            is another.
+        ValueError: If ``x`` has another dtype or device, if ``p`` or ``seed``
+            is out of range, or a tensor of a seed is no such tensor.
 
     Examples:
         >>> dropout(torch.ones(4, device=DEVICE), p=0.5, seed=0).tolist()

@@ -88,7 +88,7 @@ def _elementwise_kernel(
     BLOCK_N: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_n = N // BLOCK_N + (N % BLOCK_N > 0)  # cdiv may overflow
     # 64-bit: an element's number overflows 32 bits in a large tensor
     first_row = (tile // tiles_n).to(tl.int64) * BLOCK_M
     first_col = (tile % tiles_n).to(tl.int64) * BLOCK_N
@@ -309,7 +309,9 @@ def _cuda(name: str, *inputs: Tensor, packs: bool = True) -> Tensor:
     blocks = triton.cdiv(threads, BLOCK)
     if "grid_stride" in name:
         blocks = min(blocks, 2048 // BLOCK * _sms(x))
-    columns = [inputs[1].numel()] if "row" in name else []
+    columns = []
+    if "row" in name:  # two steps a thread, which divides once for both
+        columns, blocks = [inputs[1].numel()], triton.cdiv(blocks, 2)
     launch = cuda_kernel(__file__, f"{name}_{dtype}")
     launch(blocks, BLOCK, *inputs, y, n, *columns)
     return y

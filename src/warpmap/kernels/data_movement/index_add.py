@@ -22,6 +22,7 @@ from warpmap import DEVICE
 from warpmap.kernels import tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_COLS = 65535 * 64  # a grid has at most 65535 strips side by side
 
 
 @triton.jit(debug=True)  # or the assertion is left out
@@ -110,12 +111,27 @@ def _segment_tile(C: int) -> tuple[int, int, int]:
     return 16, BLOCK_C, max(1, BLOCK_C // 256)
 
 
+def _check_apart(out: Tensor, source: Tensor) -> None:
+    """Refuse a source that is read where the output is written."""
+    ends = []
+    for t in (out, source):
+        steps = zip(t.shape, t.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in steps)
+        ends.append((t.data_ptr(), t.data_ptr() + last * t.itemsize))
+    if ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]:
+        raise ValueError(
+            "expected source apart from out in memory: call source.clone() "
+            "first"
+        )
+
+
 @torch.library.custom_op("warpmap::index_add_", mutates_args={"out"})
 def _index_add_(out: Tensor, index: Tensor, source: Tensor) -> None:
     (N, C), M = out.shape, index.numel()
     _check_range(index, N)
     if source.numel() == 0:
         return
+    _check_apart(out, source)
     BLOCK_M, BLOCK_C, num_warps = _atomic_tile(C)
     grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(C, BLOCK_C))
     with torch.cuda.device_of(out):  # Triton launches on the current GPU
@@ -141,6 +157,7 @@ def _index_add_sorted_(out: Tensor, index: Tensor, source: Tensor) -> None:
     _check_range(index, N)
     if source.numel() == 0:
         return
+    _check_apart(out, source)
     # 32 bits take half the passes; clamped, what is out of range stays so
     keys, order = index.clamp(-1, N).int().sort(stable=True)
     rows = torch.arange(N + 1, dtype=torch.int32, device=out.device)
@@ -191,11 +208,13 @@ def index_add_(out: Tensor, index: Tensor, source: Tensor) -> Tensor:
 
     Args:
         out: ``(N, C)``, float32, float16 or bfloat16, on ``warpmap.DEVICE``.
-            Each row is contiguous, and rows do not overlap. Triton's
-            interpreter, on the CPU, has no atomics of bfloat16.
+            Each row is contiguous, and rows do not overlap; ``C`` is at most
+            ``MAX_COLS``. Triton's interpreter, on the CPU, has no atomics of
+            bfloat16.
         index: ``(M,)``, int64 or int32, from 0 to ``N - 1``, in any order and
             as often as may be. On a GPU a kernel checks it, and stops.
-        source: ``(M, C)``, same dtype, each row contiguous.
+        source: ``(M, C)``, same dtype, each row contiguous, apart from ``out``
+            in memory.
 
     Returns:
         ``out``.
@@ -218,7 +237,7 @@ def index_add_(out: Tensor, index: Tensor, source: Tensor) -> Tensor:
 
 
 def index_add_sorted_(out: Tensor, index: Tensor, source: Tensor) -> Tensor:
-    """The same, bit for bit equal from run to run, and rounded once.
+    """The same, bit for bit equal from run to run, rounded to the dtype once.
 
     The rows of a destination are added up in float32, in the order in which
     they stand in ``source``, sixteen at a time.
@@ -296,7 +315,9 @@ def _check(
             f"and {source.dtype}"
         )
     if index.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"expected an index in int64, got {index.dtype}")
+        raise ValueError(
+            f"expected an index in int64 or int32, got {index.dtype}"
+        )
     if out.device.type != DEVICE or not (
         out.device == index.device == source.device
     ):
@@ -306,6 +327,8 @@ def _check(
         )
     if N >= 2**31 - 1:
         raise ValueError(f"expected less than 2**31 - 1 rows, got {N}")
+    if C > MAX_COLS:
+        raise ValueError(f"expected at most {MAX_COLS} columns, got {C}")
     for t in (out, source):
         if t.shape[0] > 0 and C > 1 and t.stride(1) != 1:
             raise ValueError(

@@ -139,7 +139,7 @@ extern "C" __global__ void sum_packed(const float* x, float* sums,
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// 8. As many blocks as fill the GPU, and each walks through the vector. Its
+// 8. A fixed number of blocks, and each walks through the vector. Its
 // threads keep four loads under way, and meet once, at the end.
 extern "C" __global__ void sum_grid(const float* x, float* sums, long long n) {
     long long step = 4LL * THREADS * gridDim.x;

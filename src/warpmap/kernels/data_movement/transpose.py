@@ -49,7 +49,7 @@ def _transpose_kernel(
     m = tile % tiles_m * BLOCK_M
     n = tile // tiles_m * BLOCK_N
 
-    # the tile's corner takes 64 bits; within the tile addresses stay cheap
+    # 64-bit: a tile may reach over 2**31 elements
     x_ptr += batch * stride_xb
     x_ptr += m.to(tl.int64) * stride_xm + n.to(tl.int64) * stride_xn
     y_ptr += (batch * N + n) * M + m
@@ -105,7 +105,7 @@ def _thin_kernel(
 
 
 # by bytes of an element: rows, columns, warps
-TILES = {1: (128, 128, 16), 2: (128, 64, 4), 4: (256, 32, 4), 8: (32, 32, 1)}
+TILES = {1: (128, 128, 16), 2: (128, 64, 8), 4: (256, 32, 4), 8: (32, 32, 1)}
 WIDE_TILES = TILES | {2: (128, 128, 8), 4: (64, 64, 4)}
 
 

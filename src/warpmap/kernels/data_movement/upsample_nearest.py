@@ -261,7 +261,7 @@ def _repeat(small: Tensor, large: Tensor, backward: bool) -> None:
         SH=SH,
         SW=SW,
         BLOCK=BLOCK,
-        LARGE=large.numel() >= 2**31,
+        LARGE=large.numel() >= 2**31 - _tile(small.itemsize),
         num_warps=NUM_WARPS,
     )
 
@@ -269,7 +269,7 @@ def _repeat(small: Tensor, large: Tensor, backward: bool) -> None:
 def _gather(small: Tensor, large: Tensor, backward: bool) -> None:
     N, C, H, W = small.shape
     H_out, W_out = large.shape[2:]
-    last = _layout(small) == torch.channels_last
+    last = _layout(large) == torch.channels_last
     planes, D = (N, C) if last else (N * C, 1)
     # forward a thread waits for one load a pack: two packs, two under way;
     # backward it has several loads a pack
@@ -305,7 +305,7 @@ def _launch(small: Tensor, large: Tensor, backward: bool) -> None:
         return
     SH = _whole(small.shape[2], large.shape[2])
     SW = _whole(small.shape[3], large.shape[3])
-    one_a_pixel = _layout(small) == torch.contiguous_format
+    one_a_pixel = _layout(large) == torch.contiguous_format
     repeated = SH in REPEATED_ROWS and SW in REPEATED_COLUMNS
     with torch.cuda.device_of(small):  # Triton launches on the current GPU
         run = _repeat if one_a_pixel and repeated else _gather

@@ -200,12 +200,12 @@ class Table:
         rows: ``(T, 6)``, on the GPU: the four addresses of a parameter, its
             gradient and its two means; its size; the number of its first chunk.
         tensor_of_chunk: ``(chunks,)``, on the GPU: a row for each chunk.
-        tensors: The four lists; they keep the addresses alive.
+        tensors: All of them; this keeps their memory from being freed.
     """
 
     rows: Tensor
     tensor_of_chunk: Tensor
-    tensors: tuple[Sequence[Tensor], ...]
+    tensors: tuple[tuple[Tensor, ...], ...]
 
 
 def make_table(
@@ -269,7 +269,8 @@ def make_table(
     owners = owners.repeat_interleave(torch.tensor(chunks, dtype=torch.int64))
     device = params[0].device if params else DEVICE
     table = torch.tensor(columns, dtype=torch.int64).T.contiguous()
-    return Table(table.to(device), owners.to(device), lists)
+    kept = tuple(tuple(tensors) for tensors in lists)
+    return Table(table.to(device), owners.to(device), kept)
 
 
 def fused_adamw(

@@ -169,7 +169,8 @@ def _bias_gelu_add_backward(
     BLOCK_M, BLOCK_N = _tile(N)
     strips = triton.cdiv(N, BLOCK_N)
     walkers = max(1, PROGRAMS_PER_SM * _sms(x) // strips)
-    walkers = min(walkers, triton.cdiv(M, BLOCK_M))
+    # of few rows two turns each: half as many partial sums to add up
+    walkers = min(walkers, triton.cdiv(M, 2 * BLOCK_M))
     partial = torch.empty(walkers, N, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _bias_gelu_add_bwd_kernel[(strips, walkers)](

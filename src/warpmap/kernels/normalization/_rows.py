@@ -1,4 +1,4 @@
-"""What the norms share: which rows they take, and the sum of their columns.
+"""What softmax and the norms share: which rows they take, and column sums.
 
 The gradient of a weight is a sum over all rows. Each program adds up its own
 rows and stores one row of partial sums; a second kernel adds these.
@@ -10,19 +10,24 @@ from torch import Tensor
 from warpmap import DEVICE
 from warpmap.kernels import tl, triton
 
-# forward takes a row in one program: in float32, 32768 columns are 128 KiB of
-# the 256 KiB of registers of a streaming multiprocessor
+# the norms' forward takes a row in one program, and RMSNorm's into registers:
+# 32768 columns in float32 are half of the 256 KiB of a multiprocessor
 MAX_COLS = 32768
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_rows(matrices: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
+def check_rows(
+    matrices: dict[str, Tensor],
+    vectors: dict[str, Tensor],
+    longest: int | None = MAX_COLS,
+) -> None:
     """Refuse what the kernels cannot read.
 
     Args:
         matrices: By name, ``(M, N)`` each and of one dtype; rows contiguous.
         vectors: By name, ``(N,)`` each and of one dtype; contiguous.
+        longest: The most elements that a row may have.
 
     Raises:
         ValueError: If one has another shape, dtype, layout or device, or
@@ -34,10 +39,11 @@ def check_rows(matrices: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
     first, x = next(iter(matrices.items()))
     if x.ndim != 2:
         raise ValueError(f"expected {first} to be (M, N), got {tuple(x.shape)}")
-    if x.shape[1] > MAX_COLS:
+    if longest is not None and x.shape[1] > longest:
         raise ValueError(
-            f"expected rows of {first} of at most {MAX_COLS}, got {x.shape[1]}"
+            f"expected rows of {first} of at most {longest}, got {x.shape[1]}"
         )
+    device = x.device if x.device.type == DEVICE else DEVICE
     for same, shape in ((matrices, x.shape), (vectors, x.shape[1:])):
         for name, t in same.items():
             if t.shape != shape:
@@ -48,14 +54,11 @@ def check_rows(matrices: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
             dtype = next(iter(same.values())).dtype
             if t.dtype not in DTYPES or t.dtype != dtype:
                 raise ValueError(
-                    f"expected {', '.join(same)} in one of {DTYPES}, "
+                    f"expected {' and '.join(same)} in one dtype of {DTYPES}, "
                     f"got {name} in {t.dtype}"
                 )
             if t.device.type != DEVICE or t.device != x.device:
-                raise ValueError(
-                    f"expected {name} on {DEVICE} beside {first}, "
-                    f"got {t.device}"
-                )
+                raise ValueError(f"expected {name} on {device}, got {t.device}")
             if shape[-1] > 1 and t.stride(-1) != 1:
                 raise ValueError(
                     f"expected contiguous rows of {name}, got strides "
@@ -84,13 +87,13 @@ def programs_at_once(x: Tensor, per_sm: int) -> int:
 
 
 @triton.jit
-def load(ptrs, mask, cache: tl.constexpr):
-    """Elements in float32; zero where the mask is off.
+def load(ptrs, mask, cache: tl.constexpr, other=0.0):
+    """Elements in float32; ``other`` where the mask is off.
 
     ``cache`` says what becomes of them in the L1 cache: ``evict_last`` keeps
     what is read again soon, ``evict_first`` lets go of it.
     """
-    x = tl.load(ptrs, mask, other=0.0, eviction_policy=cache)
+    x = tl.load(ptrs, mask, other=other, eviction_policy=cache)
     return x.to(tl.float32)
 
 

@@ -20,7 +20,8 @@ from warpmap.kernels import tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-FLOOR = tl.constexpr(-2e38)  # below every logit; times log2(e) still finite
+# below every logit but those of a mask; times log2(e) still finite
+FLOOR = tl.constexpr(-2e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

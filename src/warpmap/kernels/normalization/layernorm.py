@@ -211,8 +211,8 @@ def _layernorm_bwd_long_kernel(
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    # a long row belongs to SPLIT programs: each reads all of it, for the
-    # means, and owns CHUNKS of its chunks
+    # a row that is too long for one program belongs to SPLIT: each reads all
+    # of it, for the means, and owns CHUNKS of its chunks
     part = tl.program_id(0)
     walker = tl.program_id(1)
     lane = tl.arange(0, BLOCK_N)
@@ -272,15 +272,17 @@ def _layernorm_bwd_long_kernel(
 
 def _fwd_tile(N: int) -> dict[str, int]:
     """Launch parameters of the forward kernel for rows of ``N`` elements."""
-    BLOCK_N = min(triton.next_power_of_2(N), IN_REGISTERS)
-    # several short rows a program, so that its threads have enough to load
-    BLOCK_M = max(1, 1024 // BLOCK_N)
-    # up to 2048 columns 16 elements a thread, then 32; of a long row 8 at a
-    # time, so that 32 registers are enough and a multiprocessor has room for
-    # two programs
-    num_warps = max(1, BLOCK_N // (512 if N <= 2048 else 1024))
-    if N > BLOCK_N:
-        num_warps = 32
+    if N <= 4096:
+        BLOCK_N = triton.next_power_of_2(N)
+        # several short rows a program, so that its threads have enough to load
+        BLOCK_M = max(1, 1024 // BLOCK_N)
+        num_warps = max(1, BLOCK_N // (512 if N <= 2048 else 1024))
+    else:
+        # the power of two below: the one above would leave threads without
+        # work. Of long rows fewer at a time, for the L1 cache to hold them
+        BLOCK_N = min(IN_REGISTERS, 1 << (N.bit_length() - 1))
+        BLOCK_M = 1
+        num_warps = 8 if N <= 12288 else 16 if N <= 20480 else 32
     return {
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": BLOCK_N,
@@ -289,12 +291,13 @@ def _fwd_tile(N: int) -> dict[str, int]:
     }
 
 
-def _bwd_tile(N: int) -> tuple[dict[str, int], int]:
+def _bwd_tile(N: int, itemsize: int) -> tuple[dict[str, int], int]:
     """The same for backward, and how many programs a multiprocessor holds."""
     if N > IN_REGISTERS:
         # 16 warps: 128 registers a thread, at most half of them sums
-        CHUNKS = triton.cdiv(N, 2 * 4096)
-        tile = {"BLOCK_N": 4096, "CHUNKS": CHUNKS, "SPLIT": 2}
+        SPLIT = 1 if N * itemsize <= 32 * 1024 else 2
+        CHUNKS = triton.cdiv(N, SPLIT * 4096)
+        tile = {"BLOCK_N": 4096, "CHUNKS": CHUNKS, "SPLIT": SPLIT}
         return tile | {"num_warps": 16}, 1
     # what registers hold of a row: both sums, itself and its gradient
     BLOCK_N = triton.next_power_of_2(N)
@@ -332,13 +335,14 @@ def _layernorm_backward(
     dx = x.new_empty(M, N)
     if dx.numel() == 0:
         return dx, weight.new_zeros(2, N)
-    tile, per_sm = _bwd_tile(N)
+    tile, per_sm = _bwd_tile(N, x.itemsize)
     parts = tile.get("SPLIT", 1)
     walkers = max(1, programs_at_once(x, per_sm) // parts)
     walkers = min(walkers, triton.cdiv(M, tile.get("BLOCK_M", 1)))
     sums = x.new_empty(walkers, 2 * N, dtype=torch.float32)
     given = x, weight, mean, rstd, dy, dx, sums, x.stride(0), M
-    kernel = _layernorm_bwd_kernel if parts == 1 else _layernorm_bwd_long_kernel
+    long = N > IN_REGISTERS
+    kernel = _layernorm_bwd_long_kernel if long else _layernorm_bwd_kernel
     with torch.cuda.device_of(x):
         kernel[(parts, walkers)](*given, N=N, **tile)
         return dx, column_sums(sums, weight.dtype).view(2, N)

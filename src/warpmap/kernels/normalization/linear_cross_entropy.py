@@ -90,9 +90,10 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, V = len(hidden), len(weight)
     losses = hidden.new_empty(M, dtype=torch.float32)
-    share = torch.ones_like(losses)  # of each loss in the result
+    share = losses.new_ones(())  # of each loss in the result
     if mean:
-        share /= (target != ignore_index).sum()
+        share = share / (target != ignore_index).sum()
+    shares = share.repeat(M)
     buffer = hidden.new_empty(min(chunk, M), V)
     dhidden = hidden.new_empty(hidden.shape if wants_dhidden else 0)
     dweight = weight.new_empty(weight.shape if wants_dweight else 0)
@@ -107,13 +108,13 @@ def _linear_cross_entropy(
         if wants_dhidden or wants_dweight:
             # in place: from here on these are the gradients of the logits
             backward_rows(
-                logits, target[rows], lse, share[rows], logits, ignore_index
+                logits, target[rows], lse, shares[rows], logits, ignore_index
             )
         if wants_dhidden:
             torch.mm(logits, weight, out=dhidden[rows])
         if wants_dweight:  # added to the former chunks', if there are any
             dweight.addmm_(logits.T, hidden[rows], beta=int(start > 0))
-    return torch.dot(losses, share), dhidden, dweight
+    return losses.sum() * share, dhidden, dweight
 
 
 @triton.jit
@@ -198,7 +199,7 @@ def linear_cross_entropy(
         chunk: Rows of logits to hold at once; default: ``chunk_rows``.
 
     Returns:
-        A scalar, float32.
+        A scalar, float32; the mean of no rows is ``nan``, as in PyTorch.
 
     Raises:
         ValueError: If an argument has another shape, dtype or device, or is

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from warpmap.kernels import tl, triton
-from warpmap.kernels.normalization._softmax_rows import (
+from warpmap.kernels.normalization._rows import (
     check_rows,
-    multiprocessors,
+    load,
+    programs_at_once,
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -36,7 +37,7 @@ def _online_fwd_kernel(
     BLOCK: tl.constexpr = LANES * VEC
     # a lane takes VEC neighbours of every piece: 16 bytes, one load
     cols = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    pieces = tl.cdiv(N, BLOCK)
+    pieces = N // BLOCK + (N % BLOCK > 0)  # cdiv may overflow
     for program in range(tl.program_id(0), M, tl.num_programs(0)):
         # 64-bit: row * stride overflows 32 bits on a large matrix
         row = tl.cast(program, tl.int64)
@@ -48,12 +49,8 @@ def _online_fwd_kernel(
         sums = tl.zeros([LANES], tl.float32)
         for piece in range(pieces):
             start = piece * BLOCK
-            x = tl.load(
-                x_row + start + cols,
-                cols < N - start,
-                other=-float("inf"),
-                eviction_policy="evict_last",
-            ).to(tl.float32)
+            mask = cols < N - start
+            x = load(x_row + start + cols, mask, "evict_last", -float("inf"))
             tops = tl.maximum(maxs, tl.max(x, axis=1))
             # in a lane that has seen only -inf: inf - inf is no number
             base = tl.where(tops == -float("inf"), 0.0, tops)
@@ -69,9 +66,7 @@ def _online_fwd_kernel(
         for piece in range(pieces):
             start = (pieces - 1 - piece) * BLOCK
             mask = cols < N - start
-            x = tl.load(
-                x_row + start + cols, mask, eviction_policy="evict_first"
-            ).to(tl.float32)
+            x = load(x_row + start + cols, mask, "evict_first", None)
             y = tl.exp2((x - top) * LOG2_E) * scale
             tl.store(
                 y_row + start + cols, y, mask, eviction_policy="evict_first"
@@ -93,7 +88,7 @@ def _online_bwd_kernel(
 ):
     BLOCK: tl.constexpr = LANES * VEC
     cols = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    pieces = tl.cdiv(N, BLOCK)
+    pieces = N // BLOCK + (N % BLOCK > 0)  # cdiv may overflow
     for program in range(tl.program_id(0), M, tl.num_programs(0)):
         row = tl.cast(program, tl.int64)
         y_row = y_ptr + row * stride_ym
@@ -104,30 +99,16 @@ def _online_bwd_kernel(
         for piece in range(pieces):
             start = piece * BLOCK
             mask = cols < N - start
-            y = tl.load(
-                y_row + start + cols,
-                mask,
-                other=0.0,
-                eviction_policy="evict_last",
-            ).to(tl.float32)
-            dy = tl.load(
-                dy_row + start + cols,
-                mask,
-                other=0.0,
-                eviction_policy="evict_last",
-            ).to(tl.float32)
+            y = load(y_row + start + cols, mask, "evict_last")
+            dy = load(dy_row + start + cols, mask, "evict_last")
             sums += tl.sum(y * dy, axis=1)
         mean = tl.sum(sums, axis=0)
 
         for piece in range(pieces):
             start = (pieces - 1 - piece) * BLOCK
             mask = cols < N - start
-            y = tl.load(
-                y_row + start + cols, mask, eviction_policy="evict_first"
-            ).to(tl.float32)
-            dy = tl.load(
-                dy_row + start + cols, mask, eviction_policy="evict_first"
-            ).to(tl.float32)
+            y = load(y_row + start + cols, mask, "evict_first", None)
+            dy = load(dy_row + start + cols, mask, "evict_first", None)
             tl.store(
                 dx_row + start + cols,
                 y * (dy - mean),
@@ -158,7 +139,7 @@ def _online_softmax(x: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     programs, LANES, num_warps = _forward_launch(
-        N * x.itemsize, multiprocessors(x)
+        N * x.itemsize, programs_at_once(x, 1)
     )
     with torch.cuda.device_of(x):  # Triton launches on the current GPU
         _online_fwd_kernel[(min(M, programs),)](
@@ -197,7 +178,7 @@ def online_softmax_backward(y: Tensor, dy: Tensor) -> Tensor:
     dx = y.new_empty(M, N)
     if dx.numel() == 0:
         return dx
-    programs, LANES, num_warps = _backward_launch(multiprocessors(y))
+    programs, LANES, num_warps = _backward_launch(programs_at_once(y, 1))
     with torch.cuda.device_of(y):
         _online_bwd_kernel[(min(M, programs),)](
             y,
@@ -247,6 +228,6 @@ def online_softmax(x: Tensor) -> Tensor:
         >>> online_softmax(torch.zeros(1, 4, device=DEVICE)).tolist()
         [[0.25, 0.25, 0.25, 0.25]]
     """
-    check_rows(x)
+    check_rows({"x": x}, {}, longest=None)
     y: Tensor = _online_softmax(x)
     return y

@@ -23,8 +23,8 @@ from warpmap.kernels.normalization._rows import (
     programs_at_once,
 )
 
-# columns of which backward keeps a row in registers, beside their sums
-IN_REGISTERS = 8192
+# of rows that load more, backward does not keep one in registers
+IN_REGISTERS = 128 * 1024  # bytes
 
 
 def rmsnorm_reference(
@@ -221,8 +221,8 @@ def _fwd_tile(N: int) -> dict[str, int]:
     BLOCK_N = triton.next_power_of_2(N)
     # several short rows a program, so that its threads have enough to load
     BLOCK_M = max(1, 1024 // BLOCK_N)
-    # 16 elements a thread, as long as there are threads
-    num_warps = min(32, max(1, BLOCK_M * BLOCK_N // 512))
+    # 16 elements a thread, in long rows 32
+    num_warps = max(1, BLOCK_M * BLOCK_N // (512 if N <= 4096 else 1024))
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps}
 
 
@@ -233,21 +233,22 @@ def _bwd_tile(N: int, loads: int) -> tuple[dict[str, int], int]:
         N: Elements of a row.
         loads: Bytes that a program loads for each column of a row.
     """
-    if N > IN_REGISTERS:
+    BLOCK_N = triton.next_power_of_2(N)
+    if BLOCK_N * loads > IN_REGISTERS:
         # 128 registers a thread, at most half of them sums
         BLOCK_N = 4096 if loads <= 6 else 2048
         CHUNKS = triton.cdiv(N, BLOCK_N)
         tile = {"BLOCK_N": BLOCK_N, "CHUNKS": CHUNKS, "SPLIT": 1}
         return tile | {"num_warps": 16}, 1
-    BLOCK_N = triton.next_power_of_2(N)
     BLOCK_M = max(1, 4096 // BLOCK_N)
-    # 32 elements a thread; 8 warps together may have 255 registers each
-    num_warps = BLOCK_M * BLOCK_N // 1024
+    # 32 elements a thread; 8 warps together may have 255 registers each. Of
+    # long rows 16 elements, for more threads to load them
+    num_warps = BLOCK_M * BLOCK_N // (1024 if N <= 8192 else 512)
     per_sm = max(1, 8 // num_warps)
-    # two steps ahead, as far as shared memory holds what they load
+    # two steps ahead, if shared memory holds what they load; one is no gain
     step = loads * BLOCK_M * BLOCK_N
-    ahead = min(2, 220 * 1024 // (step * per_sm))
-    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "STAGES": 1 + ahead}
+    STAGES = 3 if 2 * step * per_sm <= 220 * 1024 else 1
+    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "STAGES": STAGES}
     return tile | {"num_warps": num_warps}, per_sm
 
 
@@ -291,7 +292,7 @@ def _rmsnorm_backward(
     walkers = min(programs_at_once(h, per_sm), steps)
     partial = h.new_empty(walkers, N, dtype=torch.float32)
     given = h, weight, rstd, dy, dy if dh is None else dh, dx, partial
-    long = N > IN_REGISTERS
+    long = "SPLIT" in tile
     kernel = _rmsnorm_bwd_long_kernel if long else _rmsnorm_bwd_kernel
     with torch.cuda.device_of(h):
         kernel[tile.get("SPLIT", 1), walkers](

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from warpmap.kernels import tl, triton
-from warpmap.kernels.normalization._softmax_rows import check_rows
+from warpmap.kernels.normalization._rows import check_rows, load
 from warpmap.kernels.normalization.online_softmax import (
     online_softmax,
     online_softmax_backward,
 )
 
 # a row that is longer than this goes through registers in pieces
-IN_REGISTERS = 16384
+IN_REGISTERS = 8192
 
 # what a program reads again and again must stay in the L1 cache: forward a row,
 # backward one of each of two matrices
@@ -48,12 +48,6 @@ def softmax_reference(x: Tensor) -> Tensor:
     shifted = logits - logits.amax(dim=1, keepdim=True)
     exps = shifted.exp()
     return (exps / exps.sum(dim=1, keepdim=True)).to(x.dtype)
-
-
-@triton.jit
-def _load(ptrs, mask, other, cache: tl.constexpr):
-    x = tl.load(ptrs, mask, other=other, eviction_policy=cache)
-    return x.to(tl.float32)
 
 
 @triton.jit
@@ -83,7 +77,7 @@ def _softmax_fwd_kernel(
     tops = pad
     for i in tl.static_range(PIECES):
         at = i * BLOCK_N
-        x = _load(x_ptrs + at, cols + at < N, pad, KEEP)
+        x = load(x_ptrs + at, cols + at < N, KEEP, pad)
         tops = x if i == 0 else tl.maximum(tops, x)
     top = tl.max(tops, axis=1, keep_dims=True)
 
@@ -93,7 +87,7 @@ def _softmax_fwd_kernel(
         # a load that asks for the same as the first would be merged with it,
         # and its piece kept in registers, where there is no room
         if PIECES > 1:
-            x = _load(x_ptrs + at, cols + at < N, pad, "")
+            x = load(x_ptrs + at, cols + at < N, "", pad)
         exps = tl.exp2((x - top) * LOG2_E)  # a GPU raises 2, not e
         sums = exps if i == 0 else sums + exps
     scale = 1 / tl.sum(sums, axis=1, keep_dims=True)
@@ -101,7 +95,7 @@ def _softmax_fwd_kernel(
     for i in tl.static_range(PIECES):
         at = i * BLOCK_N
         if PIECES > 1:
-            x = _load(x_ptrs + at, cols + at < N, pad, "evict_first")
+            x = load(x_ptrs + at, cols + at < N, "evict_first", pad)
             exps = tl.exp2((x - top) * LOG2_E)
         tl.store(y_ptrs + at, exps * scale, cols + at < N)
 
@@ -132,35 +126,39 @@ def _softmax_bwd_kernel(
     sums = 0.0
     for i in tl.static_range(PIECES):
         at = i * BLOCK_N
-        y = _load(y_ptrs + at, cols + at < N, 0.0, KEEP)
-        dy = _load(dy_ptrs + at, cols + at < N, 0.0, KEEP)
+        y = load(y_ptrs + at, cols + at < N, KEEP)
+        dy = load(dy_ptrs + at, cols + at < N, KEEP)
         sums = y * dy if i == 0 else sums + y * dy
     mean = tl.sum(sums, axis=1, keep_dims=True)
 
     for i in tl.static_range(PIECES):
         at = i * BLOCK_N
         if PIECES > 1:
-            y = _load(y_ptrs + at, cols + at < N, 0.0, "evict_first")
-            dy = _load(dy_ptrs + at, cols + at < N, 0.0, "evict_first")
+            y = load(y_ptrs + at, cols + at < N, "evict_first")
+            dy = load(dy_ptrs + at, cols + at < N, "evict_first")
         tl.store(dx_ptrs + at, y * (dy - mean), cols + at < N)
 
 
-def _tile(N: int, itemsize: int) -> dict[str, int]:
+def _tile(N: int, itemsize: int, backward: bool = False) -> dict[str, int]:
     """Launch parameters for rows of ``N`` elements."""
     BLOCK_N = min(triton.next_power_of_2(N), IN_REGISTERS)
     # several short rows a program, so that its threads have enough to load
     BLOCK_M = max(1, 1024 // BLOCK_N)
     tile = BLOCK_M * BLOCK_N
-    # 16 elements a thread, in long rows 64 bytes
-    num_warps = max(min(16, tile // 512), tile * itemsize // 2048)
-    PIECES = triton.cdiv(N, BLOCK_N)
-    if PIECES > 1:
-        # as many as leave room for two programs on a multiprocessor, forward
-        num_warps = 32 if PIECES == 2 else 16
+    # 16 elements a thread; 32 where a row of 16 bits leaves part of a long tile
+    # empty, or some threads would have nothing to load
+    each = 32 if itemsize == 2 and 4096 < N < BLOCK_N else 16
+    num_warps = tile // (32 * each)
+    # in pieces, by measurement on an H200
+    if N > IN_REGISTERS:
+        num_warps = 32 if (N <= 3 * IN_REGISTERS) == backward else 16
+    if N > 6 * IN_REGISTERS:
+        # unaligned rows need more threads, or they spill
+        BLOCK_N, num_warps = 2 * BLOCK_N, 32 if N % 16 else 16
     return {
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": BLOCK_N,
-        "PIECES": PIECES,
+        "PIECES": triton.cdiv(N, BLOCK_N),
         "num_warps": num_warps,
     }
 
@@ -188,7 +186,7 @@ def _softmax_backward(y: Tensor, dy: Tensor) -> Tensor:
     dx = y.new_empty(M, N)
     if dx.numel() == 0:
         return dx
-    tile = _tile(N, y.itemsize)
+    tile = _tile(N, y.itemsize, backward=True)
     given = y, dy, dx, y.stride(0), dy.stride(0), dx.stride(0), M, N
     with torch.cuda.device_of(y):
         _softmax_bwd_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](*given, **tile)
@@ -225,7 +223,7 @@ def softmax(x: Tensor) -> Tensor:
         >>> softmax(torch.zeros(1, 4, device=DEVICE)).tolist()
         [[0.25, 0.25, 0.25, 0.25]]
     """
-    check_rows(x)
+    check_rows({"x": x}, {}, longest=None)
     if x.shape[1] * x.itemsize > ON_CHIP:
         return online_softmax(x)
     y: Tensor = _softmax(x)

@@ -153,6 +153,12 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
+def _row_tile(N: int) -> tuple[int, int, int]:
+    """``BLOCK_M``, ``BLOCK_N`` and warps; short rows share a program."""
+    BLOCK_N = triton.next_power_of_2(N)
+    return max(1, 2048 // BLOCK_N), BLOCK_N, max(4, min(16, BLOCK_N // 1024))
+
+
 def row_max(x: Tensor) -> Tensor:
     """Largest element of each row.
 
@@ -179,8 +185,7 @@ def row_max(x: Tensor) -> Tensor:
         raise ValueError(f"x must have 1 to {MAX_COLS} columns, got {N}")
     out = x.new_empty(M)
     if M:
-        BLOCK_N = triton.next_power_of_2(N)
-        BLOCK_M = max(1, 2048 // BLOCK_N)  # short rows share a program
+        BLOCK_M, BLOCK_N, num_warps = _row_tile(N)
         with torch.cuda.device_of(x):
             _row_max_kernel[(triton.cdiv(M, BLOCK_M),)](
                 x,
@@ -190,7 +195,7 @@ def row_max(x: Tensor) -> Tensor:
                 N,
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
-                num_warps=max(4, min(16, BLOCK_N // 1024)),
+                num_warps=num_warps,
             )
     return out
 

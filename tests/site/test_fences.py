@@ -113,6 +113,22 @@ def test_results_turn_stale_when_the_cuda_changes(repository):
     assert passed_digest(repository, PATH) != before
 
 
+def test_results_turn_stale_when_a_private_module_changes(repository):
+    files = Files(repository, PATH)
+    section = PATH.rpartition("/")[0].replace("/", ".")
+    private = files.module.with_name("_shared.py")
+    private.write_text("FEW = 3\n")
+    alone = passed_digest(repository, PATH)
+    files.module.write_text(
+        f"from warpmap.{section}._shared import FEW\n"
+        + files.module.read_text("utf-8")
+    )
+    before = passed_digest(repository, PATH)
+    assert before != alone
+    private.write_text("FEW = 4\n")
+    assert passed_digest(repository, PATH) != before
+
+
 def test_source_links_to_the_repository_or_the_reference(repository):
     inside = Fences(repository).source(f"{DOTTED}.double")
     assert f'href="../../../reference/{PATH}/#{DOTTED}.double"' in inside

@@ -23,7 +23,9 @@ for name, shape in {
 # the gradient of a sum: the kernel reads one number again and again
 y = multiply(x, torch.ones(32, device=DEVICE))
 y.register_hook(
-    lambda dy: print(dy.numel(), "gradients in", dy.untyped_storage().nbytes())
+    lambda dy: print(
+        dy.numel(), "gradients in", dy.untyped_storage().nbytes(), "bytes"
+    )
 )
 y.sum().backward()
-# -> 8192 gradients in 4
+# -> 8192 gradients in 4 bytes

@@ -136,6 +136,13 @@ def test_bad_input_is_refused_by_name(y, x, message):
         copy_(y, x)
 
 
+def test_lazy_conjugates_and_negatives_are_refused():
+    x = torch.ones(4, dtype=torch.complex64, device=DEVICE)
+    for lazy in (x.conj(), torch._neg_view(x)):
+        with pytest.raises(ValueError, match="x as it stands in memory"):
+            copy_(torch.empty_like(x), lazy)
+
+
 def test_overlap_width_and_length_are_refused():
     x = torch.zeros(10, device=DEVICE)
     for begin in (0, 1, 4):

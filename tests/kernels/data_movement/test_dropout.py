@@ -45,6 +45,14 @@ def kept(n, p, seed, op=dropout):
     return op(torch.ones(n, device=DEVICE), p, seed) != 0
 
 
+def test_what_is_dropped_is_zero_even_if_not_finite():
+    mask = keep_mask(64, 0.5, seed=0).to(DEVICE)
+    for value in (math.nan, math.inf, -math.inf):
+        x = torch.full((64,), value, device=DEVICE)
+        assert torch.equal(dropout(x, 0.5, seed=0) == 0, ~mask)
+        assert torch.equal(dropout_reference(x, 0.5, seed=0) == 0, ~mask)
+
+
 def check(op, x, p, seed):
     """Against the reference, and no element nearer than one rounding.
 

@@ -9,6 +9,7 @@ from aot import compile_cuda, compile_sm90a
 from kernel_checks import WRONG, assert_accurate, mutant
 
 from warpmap import DEVICE
+from warpmap.kernels.cuda import cuda_kernel
 from warpmap.kernels.data_movement import elementwise as module
 from warpmap.kernels.data_movement.elementwise import (
     DTYPES,
@@ -574,6 +575,25 @@ def test_cuda_beyond_2_to_the_31_elements(rung):
         assert torch.equal(y[part], a[part] * a[part])
     if rung == "packed":
         silu_cuda(a[: n - 3])
+
+
+@pytest.mark.gpu
+def test_the_last_tile_of_nearly_2_to_the_31_elements():
+    n = 2**31 - 1
+    a = torch.randn(n, dtype=torch.bfloat16, device="cuda")
+    y = multiply(a, a)
+    for part in (slice(2**20), slice(n - 2**20, n)):
+        assert torch.equal(y[part], a[part] * a[part])
+
+
+@pytest.mark.gpu
+def test_cuda_threads_take_several_steps():
+    a, row = normal((1000, 100)), normal(100)
+    for name, b, more in (("row", row, (100,)), ("packed", a, ())):
+        y = torch.empty_like(a)
+        launch = cuda_kernel(module.__file__, f"multiply_{name}_float32")
+        launch(3, 256, a, b, y, a.numel(), *more)
+        assert torch.equal(y, a * b)
 
 
 @pytest.mark.gpu

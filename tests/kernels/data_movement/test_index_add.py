@@ -14,6 +14,7 @@ from warpmap import DEVICE
 from warpmap.kernels.data_movement import index_add as module
 from warpmap.kernels.data_movement.index_add import (
     DTYPES,
+    MAX_COLS,
     _atomic_tile,
     _segment_tile,
     index_add,
@@ -199,9 +200,22 @@ def test_out_that_cannot_be_added_to_is_refused(op):
         op(OUT.to(DEVICE).clone().requires_grad_(), index, source)
     with pytest.raises(ValueError, match=r"2\*\*31 - 1 rows, got 2147483648"):
         op(source[:1].expand(2**31, 3), index, source)
+    wide = source[:1, :1].expand(5, MAX_COLS + 1)
+    with pytest.raises(ValueError, match="4194240 columns, got 4194241"):
+        op(wide, index, wide)
     nowhere = torch.zeros(0, 3, device=DEVICE)
     with pytest.raises(ValueError, match="from 0 to -1"):
         op(nowhere, index, source)
+
+
+@pytest.mark.parametrize("op", BOTH)
+def test_a_source_that_lies_in_out_is_refused(op):
+    x, index = torch.zeros(9, 4, device=DEVICE), AT.to(DEVICE)
+    for source in (x[:5], x[4:], x[2:7]):
+        with pytest.raises(ValueError, match="apart from out in memory"):
+            op(x, index, source)
+    op(x[:4], index, x[4:])  # side by side is apart
+    assert torch.equal(index_add(x[:5], index, x[:5]), x[:5])
 
 
 @pytest.mark.parametrize("op", [*BOTH, index_add])
@@ -488,7 +502,7 @@ def test_an_index_out_of_range_stops_the_kernel(op, wrong):
         check=False,
         env={
             **os.environ,
-            "PYTHONPATH": str(Path(__file__).parents[3] / "src"),
+            "PYTHONPATH": str(SRC),
         },
     )
     assert done.returncode != 0

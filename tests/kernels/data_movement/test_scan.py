@@ -231,6 +231,11 @@ def test_a_factor_of_zero_starts_a_segment():
         assert total == found
 
 
+def test_a_single_column_may_have_any_stride():
+    b = normal((1, 4)).T
+    assert torch.equal(recurrence(b, b), b)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -243,7 +248,7 @@ def test_a_factor_of_zero_starts_a_segment():
             r"equal shapes.* \(1, 3\)",
         ),
         (lambda: recurrence(*[torch.zeros(3)] * 2), r"rows \(M, N\)"),
-        (lambda: recurrence(*[torch.zeros(4, 3).T] * 2), r"rows \(M, N\)"),
+        (lambda: recurrence(*[torch.zeros(4, 3).T] * 2), r"strides \(1, 3\)"),
         (lambda: recurrence(*[torch.zeros(1, 3).int()] * 2), "int32"),
         (
             lambda: recurrence(*[normal((1, 3)).requires_grad_()] * 2),

@@ -119,6 +119,11 @@ def test_the_operator_is_registered_as_torch_wants_it():
     )
 
 
+def test_a_single_column_may_have_any_stride():
+    x = torch.randn(1, 4, device=DEVICE).T
+    assert torch.equal(top_k(x, 1)[0], x)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

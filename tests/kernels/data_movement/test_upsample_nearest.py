@@ -164,6 +164,12 @@ def test_gradient_may_have_any_layout():
     check_backward(dx, x, normal((2, 3, 10, 8)).mT)
 
 
+def test_the_gradient_of_single_pixels_may_have_channels_last():
+    dy = normal((1, 3, 2, 2), layout="last")
+    dx = torch.ops.warpmap.upsample_nearest_backward(dy, 1, 1)
+    torch.testing.assert_close(dx, dy.sum(dim=(2, 3), keepdim=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 0, 2, 2)], ids=str)
 def test_empty(shape):
     x = torch.empty(shape, device=DEVICE, requires_grad=True)

@@ -1,6 +1,7 @@
 """Fused AdamW keeps to float64 over many steps, for every list of tensors."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -231,6 +232,16 @@ def test_step_may_be_a_tensor(dtype):
         ours(*one, n, **RATES)
         ours(*other, step.add_(1), **RATES)
     assert torch.equal(one[0][0], other[0][0])
+
+
+def test_a_table_keeps_its_tensors_from_being_freed():
+    lists = lists_of([5])
+    table = make_table(*lists)
+    gradient = weakref.ref(lists[1][0])
+    lists[1][0] = None
+    assert gradient() is not None
+    del table
+    assert gradient() is None
 
 
 def test_no_tensors_and_only_empty_ones():

@@ -266,6 +266,9 @@ def test_second_derivatives_are_those_of_a_linear_function():
 def test_a_position_beyond_the_tables_makes_its_token_nan():
     cos, sin = rope_cache(S, 16)
     positions = torch.tensor([0, S, -1, S - 1, 2**33], device=DEVICE)
+    half = rope(*heads(B=1), *rope_cache(S, 8), positions)[0]
+    assert half[:, 1, :, :8].isnan().all()  # what turns, and only that
+    assert not half[..., 8:].isnan().any()
     for x in rope(*heads(B=1), cos, sin, positions):
         token_is_nan = x.isnan().all(dim=-1).all(dim=-1)[0].tolist()
         assert token_is_nan == [False, True, True, False, True]

@@ -125,6 +125,30 @@ def test_what_is_drawn_after_refusals_follows_them_too():
     check_counts(sample, 30, 40, top_k=3)
 
 
+def check_redraws(wrong, rows):
+    """All first draws are refused: the next come from several pieces."""
+    x = torch.tensor([[3.0, -9, -9, -9, 2.9, 2.8, 2.8, 2.8]], device=DEVICE)
+    p = sampling_reference(x.double(), top_k=2)[0]
+    x, scale = x.expand(rows, 8).contiguous(), math.log2(math.e)
+    maxima, sums = wrong._pieces(x, scale)
+    worst = torch.full((rows, 1), 3, device=DEVICE)
+    out = wrong._settle(x, seeds(rows), maxima, sums, worst, scale, 2, 1.0, 0.0)
+    assert chi_square(out, p) < 5
+
+
+@pytest.mark.slow
+def test_what_is_drawn_from_several_pieces_after_refusals_follows_them(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(module, "PIECE", 4)
+    check_redraws(module, 300)
+    masses = "left = tl.where(higher, masses, left)"
+    wrong = mutant(module, masses, "left = left", tmp_path)
+    wrong.PIECE = 4
+    with pytest.raises(AssertionError):
+        check_redraws(wrong, 300)
+
+
 def inverse_cdf(x, seed):
     """By the definition, in float64, with words of the other Philox."""
     high, low = divmod(seed % 2**64, 2**32)

@@ -494,6 +494,25 @@ def test_the_interpreter_does_not_round_to_tf32():
     assert (error("tf32") < 2e-5) == INTERPRETED
 
 
+@triton.jit
+def _double_kernel(x_ptr, y_ptr, WIDE: tl.constexpr):
+    i = tl.arange(0, 16)
+    x = tl.load(x_ptr + i)
+    if WIDE:
+        x = x.to(tl.float32)
+    tl.store(y_ptr + i, x + x)
+
+
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+def test_the_interpreter_cannot_add_bfloat16():
+    x = normal(16, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    _double_kernel[(1,)](x, y, WIDE=True)
+    assert torch.equal(y, 2 * x)
+    _double_kernel[(1,)](x, y, WIDE=False)
+    assert torch.equal(y, 2 * x) != INTERPRETED
+
+
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 def test_the_interpreter_cannot_multiply_bfloat16():
     x, y = normal(64, 64, dtype=torch.bfloat16), normal(64, 64)

@@ -37,7 +37,7 @@ def _online_fwd_kernel(
     BLOCK: tl.constexpr = LANES * VEC
     # a lane takes VEC neighbours of every piece: 16 bytes, one load
     cols = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    pieces = N // BLOCK + (N % BLOCK > 0)  # cdiv may overflow
+    pieces = tl.cdiv(N, BLOCK)
     for program in range(tl.program_id(0), M, tl.num_programs(0)):
         # 64-bit: row * stride overflows 32 bits on a large matrix
         row = tl.cast(program, tl.int64)
@@ -88,7 +88,7 @@ def _online_bwd_kernel(
 ):
     BLOCK: tl.constexpr = LANES * VEC
     cols = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    pieces = N // BLOCK + (N % BLOCK > 0)  # cdiv may overflow
+    pieces = tl.cdiv(N, BLOCK)
     for program in range(tl.program_id(0), M, tl.num_programs(0)):
         row = tl.cast(program, tl.int64)
         y_row = y_ptr + row * stride_ym
@@ -221,7 +221,8 @@ def online_softmax(x: Tensor) -> Tensor:
         ``(M, N)``, same dtype, contiguous; each row sums to 1.
 
     Raises:
-        ValueError: If ``x`` has another shape, dtype, layout or device.
+        ValueError: If ``x`` has another shape, dtype, layout or device, or
+            rows of nearly 2**31 elements.
 
     Examples:
         >>> from warpmap import DEVICE
@@ -229,5 +230,10 @@ def online_softmax(x: Tensor) -> Tensor:
         [[0.25, 0.25, 0.25, 0.25]]
     """
     check_rows({"x": x}, {}, longest=None)
+    if 2**31 - 2**15 < x.shape[1] < 2**31:  # 32 bits count them, not the pieces
+        raise ValueError(
+            "expected no row of nearly 2**31 elements, got "
+            f"{x.shape[1]}: take less than 2**31 - 2**15, or 2**31 and more"
+        )
     y: Tensor = _online_softmax(x)
     return y

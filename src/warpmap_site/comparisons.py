@@ -233,8 +233,8 @@ def _silent(rows: Sequence[Row], key: str, heading: str) -> str:
     return f'<ul class="wm-record-silent">{lines}</ul>'
 
 
-def _scores(record: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Worst cases of one record, a row for each pass and dtype."""
+def _scores(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Worst cases of one record: of each pass and dtype its name and cells."""
     kinds: dict[str, list[Row]] = {}
     for row in record["rows"]:
         if row.get("implementation") == OURS and "share" in row:
@@ -244,29 +244,29 @@ def _scores(record: Mapping[str, Any]) -> Iterable[list[str]]:
         ratios = [r for r in rows if "ratio_to_best" in r]
         slowest = min(rows, key=lambda r: r["share"])
         errors = [r["error"] for r in rows if "error" in r]
-        cells = [kind, "", ""]
+        peer = _score("")
         if ratios:
             worst = min(ratios, key=lambda r: r["ratio_to_best"])
-            cells[1] = f"{worst['ratio_to_best']:.2f} × {worst['best_peer']}"
-            cells[2] = _shape_of(worst)
-        cells += [
-            f"{slowest['share']:.2f}",
-            _shape_of(slowest),
-            number(max(errors)) if errors else "",
-        ]
-        yield cells
+            ratio = f"{worst['ratio_to_best']:.3g} ± {worst['control']:.1g}"
+            peer = _score(f"{ratio} × {worst['best_peer']}", _shape_of(worst))
+        share = _score(f"{slowest['share']:.3g}", _shape_of(slowest))
+        yield kind, peer + share + _score(number(max(errors)) if errors else "")
+
+
+def _score(says: str, below: str = "", link: str = "") -> str:
+    """A cell of the scoreboard, with something in small type below."""
+    small = f"<br><small>{html.escape(below)}</small>" if below else ""
+    return f"<td>{link}{html.escape(says)}{small}</td>"
 
 
 def _shape_of(row: Row) -> str:
-    """The labels of a case that are numbers, as its shape."""
+    """The labels of a case that say its shape."""
     shape = []
     for key, value in row.items():
         if key == "implementation":
             break
-        if isinstance(value, int):
+        if key not in ("pass", "dtype", "predicted", "sweep"):
             shape.append(f"{key} {number(value)}")
-        elif key not in ("pass", "dtype"):
-            shape.append(str(value))
     return ", ".join(shape)
 
 
@@ -285,28 +285,21 @@ def scoreboard_html(root: Path, titles: Mapping[str, str]) -> str:
         machine, _, path = name.as_posix().partition("/")
         found = json.loads(file.read_text("utf-8"))
         stale = load_record(root, name.as_posix()).stale
-        for cells in _scores(found):
-            link = f'<a href="../{path}/">{html.escape(titles[path])}</a>'
-            if stale:
-                link += ' <span class="wm-record-stale">code has changed</span>'
-            body += f"<tr><td>{link}</td>" + "".join(
-                f"<td>{html.escape(c)}</td>"
-                for c in [*cells, machine, found["date"][:10]]
-            )
-            body += "</tr>"
+        link = f'<a href="../{path}/">{html.escape(titles[path])}</a>'
+        if stale:
+            link += ' <span class="wm-record-stale">code has changed</span>'
+        measured = _score(found["date"][:10], machine)
+        for kind, cells in _scores(found):
+            body += f"<tr>{_score('', kind, link)}{cells}{measured}</tr>"
     if not body:
         raise LookupError("no record compares implementations")
     heads = "".join(
         f"<th>{h}</th>"
         for h in (
             "Kernel",
-            "Case",
-            "Against the best peer, worst shape",
-            "Which",
-            "Share of the ceiling, worst shape",
-            "Which",
-            "Largest error",
-            "GPU",
+            "Best peer",
+            "Ceiling",
+            "Error",
             "Measured",
         )
     )

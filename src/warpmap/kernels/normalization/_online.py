@@ -75,6 +75,7 @@ def online_softmax(
 
     Raises:
         ValueError: If ``lanes`` is below 1.
+        ZeroDivisionError: If all scores are -inf; the kernel gives nan there.
 
     Examples:
         >>> online_softmax([2.0, 2.0, 2.0, 2.0], lanes=2)

@@ -263,7 +263,7 @@ def test_second_derivatives_are_those_of_a_linear_function():
     torch.testing.assert_close(ddq, torch.full_like(q, 2))
 
 
-def test_a_position_beyond_the_tables_makes_its_token_nan():
+def test_a_position_beyond_the_tables_makes_what_turns_nan():
     cos, sin = rope_cache(S, 16)
     positions = torch.tensor([0, S, -1, S - 1, 2**33], device=DEVICE)
     half = rope(*heads(B=1), *rope_cache(S, 8), positions)[0]
@@ -411,11 +411,8 @@ FAULTS = {
         "tl.load(p_ptr).to(tl.int64)",
         "tl.load(p_ptr).to(tl.int64) + 1",
     ),
-    "rest not copied": ("if R < D:", "if False:"),
-    "rest one off": (
-        "x = tl.load(x_ptrs + cols,",
-        "x = tl.load(x_ptrs + cols - 1,",
-    ),
+    "rest not copied": ("rest, k_rest,", "rest, 0 * k_rest,"),
+    "rest one off": ("k_ptrs + rest, k_mask", "k_ptrs + rest - 1, k_mask"),
     "pairs one off": ("cols + R // 2, mask).to", "cols + R // 2 - 1, mask).to"),
     "tables in float16": (
         "_store_turned(yq_ptrs, q_a, q_b, cos,",

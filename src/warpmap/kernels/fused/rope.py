@@ -152,15 +152,6 @@ def _store_turned(
 
 
 @triton.jit
-def _copy_rest(
-    x_ptrs, y_ptrs, mask, R: tl.constexpr, D: tl.constexpr, REST: tl.constexpr
-):
-    cols = R + tl.arange(0, REST)[None, :]
-    x = tl.load(x_ptrs + cols, mask & (cols < D))
-    tl.store(y_ptrs + cols, x, mask & (cols < D))
-
-
-@triton.jit
 def _rope_kernel(
     q_ptr,
     k_ptr,
@@ -204,6 +195,10 @@ def _rope_kernel(
     # all loads stand before the first store: they are under way together
     q_a, q_b = _load_pairs(q_ptrs, q_mask, R, HALF, INTERLEAVED)
     k_a, k_b = _load_pairs(k_ptrs, k_mask, R, HALF, INTERLEAVED)
+    if R < D:
+        rest = R + tl.arange(0, REST)[None, :]
+        q_rest = tl.load(q_ptrs + rest, q_mask & (rest < D))
+        k_rest = tl.load(k_ptrs + rest, k_mask & (rest < D))
 
     position = t
     if positions_ptr is not None:
@@ -211,7 +206,7 @@ def _rope_kernel(
         position = tl.load(p_ptr).to(tl.int64)
     pairs = tl.arange(0, HALF)[None, :]
     offsets = position * (R // 2) + pairs
-    # a position that the tables do not have makes its token nan
+    # a position that the tables do not have turns into nan
     known = (pairs < R // 2) & (position >= 0) & (position < S)
     cos = tl.load(cos_ptr + offsets, known, other=float("nan"))
     sin = tl.load(sin_ptr + offsets, known, other=float("nan"))
@@ -221,8 +216,8 @@ def _rope_kernel(
     _store_turned(yq_ptrs, q_a, q_b, cos, sin, q_mask, R, HALF, INTERLEAVED)
     _store_turned(yk_ptrs, k_a, k_b, cos, sin, k_mask, R, HALF, INTERLEAVED)
     if R < D:
-        _copy_rest(q_ptrs, yq_ptrs, q_mask, R, D, REST)
-        _copy_rest(k_ptrs, yk_ptrs, k_mask, R, D, REST)
+        tl.store(yq_ptrs + rest, q_rest, q_mask & (rest < D))
+        tl.store(yk_ptrs + rest, k_rest, k_mask & (rest < D))
 
 
 def _tile(H: int, Hkv: int, D: int, R: int) -> dict[str, int]:
@@ -385,8 +380,8 @@ def rope(
             first ``R`` entries of a head turn, the rest is copied.
         sin: The same.
         positions: ``(T,)`` or ``(B, T)``, int32 or int64: a row of the tables
-            for each token; default: 0, 1, 2 and so on. A token whose position
-            the tables do not have becomes ``nan``.
+            for each token; default: 0, 1, 2 and so on. Where the tables do
+            not have the position, what turns becomes ``nan``.
         interleaved: Whether a pair is two neighbours, as in the paper, or
             lies ``R / 2`` apart, as in most checkpoints.
 

@@ -221,8 +221,11 @@ def _fwd_tile(N: int) -> dict[str, int]:
     BLOCK_N = triton.next_power_of_2(N)
     # several short rows a program, so that its threads have enough to load
     BLOCK_M = max(1, 1024 // BLOCK_N)
-    # 16 elements a thread, in long rows 32
-    num_warps = max(1, BLOCK_M * BLOCK_N // (512 if N <= 4096 else 1024))
+    if N <= 4096:
+        num_warps = max(1, BLOCK_M * BLOCK_N // 512)  # 16 elements a thread
+    else:
+        # by N: with more warps some would lie past the end of the row
+        num_warps = 8 if N <= 6144 else 16 if N <= 16384 else 32
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps}
 
 

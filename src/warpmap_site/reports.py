@@ -38,14 +38,15 @@ def last_passes(root: Path, topic: str) -> list[Pass]:
     for file in (root / "docs/records").glob("*/tests.json"):
         report = json.loads(file.read_text("utf-8"))
         if entry := report["topics"].get(topic):
-            machine = report["machine"]
+            run = report["runs"][entry["run"]]
+            machine = run["machine"]
             name = machine["gpu"] or "CPU"
             passes.append(
                 Pass(
                     where=f"{name}, torch {machine['torch'].split('+')[0]}",
                     tests=entry["passed"],
-                    date=report["date"][:10],
-                    commit=report["commit"],
+                    date=entry["run"][:10],
+                    commit=run["commit"],
                     stale=entry["source"] != passed_digest(root, topic),
                 )
             )

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import report
 from made_up import write_repository
 
 from warpmap_site.fences import Fences
@@ -148,17 +149,15 @@ def test_cell_shows_code_and_output_apart(repository):
 
 def test_report_turns_stale_when_the_code_changes(repository):
     files = Files(repository, PATH)
-    report = {
-        "date": "2026-01-02T03:04+00:00",
-        "commit": "abc",
-        "machine": {"gpu": "NVIDIA H200", "torch": "2.11.0+cu130"},
-        "topics": {
-            PATH: {"passed": 3, "source": passed_digest(repository, PATH)}
-        },
+    date, source = "2026-01-02T03:04+00:00", passed_digest(repository, PATH)
+    machine = {"gpu": "NVIDIA H200", "torch": "2.11.0+cu130"}
+    written = {
+        "runs": {date: {"commit": "abc", "machine": machine}},
+        "topics": {PATH: {"run": date, "passed": 3, "source": source}},
     }
     file = repository / "docs/records/h200/tests.json"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(report))
+    file.write_text(json.dumps(written))
     (fresh,) = last_passes(repository, PATH)
     assert (fresh.where, fresh.tests, fresh.stale) == (
         "NVIDIA H200, torch 2.11.0",
@@ -168,6 +167,32 @@ def test_report_turns_stale_when_the_code_changes(repository):
     files.snippet.write_text("print(1)\n")
     assert last_passes(repository, PATH)[0].stale
     assert last_passes(repository, "kernels/basics/other") == []
+
+
+def test_report_of_a_few_topics_keeps_what_it_says_of_others(
+    repository, monkeypatch
+):
+    file = repository / "docs/records/cpu/tests.json"
+    monkeypatch.setattr(report, "ROOT", repository)
+
+    def run(date, passed=(), failed=()):
+        monkeypatch.setattr(report, "now", lambda: date)
+        found = report.Report(file)
+        found.passed.update(passed)
+        found.failed.update(failed)
+        found.pytest_sessionfinish()
+        said = json.loads(file.read_text())
+        assert [*said["runs"]] == sorted(
+            {entry["run"] for entry in said["topics"].values()}
+        )
+        return {t: (e["run"], e["passed"]) for t, e in said["topics"].items()}
+
+    assert run("1", ["a/b/c", "a/b/d", "a/b/d"]) == {
+        "a/b/c": ("1", 1),
+        "a/b/d": ("1", 2),
+    }
+    assert run("2", ["a/b/c"]) == {"a/b/c": ("2", 1), "a/b/d": ("1", 2)}
+    assert run("3", failed=["a/b/d"]) == {"a/b/c": ("2", 1)}
 
 
 def test_paper_is_rendered_with_its_link(tmp_path):

@@ -2,6 +2,7 @@
 
 A pytest plugin. A topic is in the report when at least one of its tests,
 doctests or snippets ran and none failed, with the hash of the files it ran.
+A topic of which none ran keeps what an earlier run said of it.
 """
 
 import json
@@ -35,15 +36,29 @@ class Report:
             self.passed[topic] += 1
 
     def pytest_sessionfinish(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "date": now(),
-            "commit": commit(ROOT),
-            "machine": machine(),
-            "topics": {
-                topic: {"passed": n, "source": passed_digest(ROOT, topic)}
-                for topic, n in sorted(self.passed.items())
-                if topic not in self.failed
-            },
+        old = {"runs": {}, "topics": {}}
+        if self.path.exists():
+            old = json.loads(self.path.read_text("utf-8"))
+        date = now()
+        runs = {
+            **old["runs"],
+            date: {"commit": commit(ROOT), "machine": machine()},
         }
+        topics = {
+            topic: entry
+            for topic, entry in old["topics"].items()
+            if topic not in self.passed.keys() | self.failed
+        }
+        for topic in self.passed.keys() - self.failed:
+            topics[topic] = {
+                "run": date,
+                "passed": self.passed[topic],
+                "source": passed_digest(ROOT, topic),
+            }
+        used = {entry["run"] for entry in topics.values()}
+        report = {
+            "runs": {d: runs[d] for d in sorted(used)},
+            "topics": dict(sorted(topics.items())),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(report, indent=2) + "\n")

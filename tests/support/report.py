@@ -23,11 +23,11 @@ class Report:
         self.failed = set()
 
     def pytest_runtest_logreport(self, report):
-        topic = topic_of(report.nodeid.split("::")[0])
-        if topic is None and "[" in report.nodeid:  # a snippet's test
-            topic = topic_of(
-                f"snippets/{report.nodeid.split('[')[1].rstrip(']')}.py"
-            )
+        file = report.nodeid.split("::")[0]
+        if file == "tests/test_snippets.py" and "[" in report.nodeid:
+            name = report.nodeid.split("[")[1].rstrip("]")
+            file = f"snippets/{name}.py"
+        topic = topic_of(file)
         if topic is None:
             return
         if report.failed:

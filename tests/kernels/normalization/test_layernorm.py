@@ -531,9 +531,13 @@ def test_forward_fits_in_registers_and_moves_16_bytes_at_a_time(N, dtype):
     ("N", "dtype"),
     [
         (1024, "bf16"),
+        (2880, "bf16"),
+        (2880, "fp32"),
         (4096, "bf16"),
         (4096, "fp32"),
+        (6144, "bf16"),
         (8192, "bf16"),
+        (8192, "fp32"),
         (12288, "bf16"),
         (16384, "bf16"),
         (16384, "fp32"),
@@ -541,7 +545,7 @@ def test_forward_fits_in_registers_and_moves_16_bytes_at_a_time(N, dtype):
     ],
 )
 def test_backward_fits_in_registers(N, dtype):
-    tile, per_sm = _bwd_tile(N, WIDTH[dtype])
+    tile, per_sm = _bwd_tile(N, WIDTH[dtype], WIDTH[dtype])
     long = "_long" if N > IN_REGISTERS else ""
     kernel = compile_sm90a(
         f"{module.__name__}:_layernorm_bwd{long}_kernel",

@@ -164,6 +164,7 @@ def _layernorm_bwd_kernel(
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     walker = tl.program_id(1)
     cols = tl.arange(0, BLOCK_N)[None, :]
@@ -171,8 +172,8 @@ def _layernorm_bwd_kernel(
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     step = tl.num_programs(1) * BLOCK_M
-    # pipelined: the next two are on their way to shared memory meanwhile
-    for first in tl.range(walker * BLOCK_M, M, step, num_stages=3):
+    # pipelined: the next rows are on their way to shared memory meanwhile
+    for first in tl.range(walker * BLOCK_M, M, step, num_stages=STAGES):
         rows = (first + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
         live = rows < M
         mean = tl.load(mean_ptr + rows, live, other=0.0)
@@ -291,7 +292,9 @@ def _fwd_tile(N: int) -> dict[str, int]:
     }
 
 
-def _bwd_tile(N: int, itemsize: int) -> tuple[dict[str, int], int]:
+def _bwd_tile(
+    N: int, itemsize: int, weight_itemsize: int
+) -> tuple[dict[str, int], int]:
     """The same for backward, and how many programs a multiprocessor holds."""
     if N > IN_REGISTERS:
         # 16 warps: 128 registers a thread, at most half of them sums
@@ -301,11 +304,19 @@ def _bwd_tile(N: int, itemsize: int) -> tuple[dict[str, int], int]:
         return tile | {"num_warps": 16}, 1
     # what registers hold of a row: both sums, itself and its gradient
     BLOCK_N = triton.next_power_of_2(N)
-    BLOCK_M = max(1, 4096 // BLOCK_N)
-    # 32 elements a thread; 8 warps together may have 255 registers each
-    num_warps = BLOCK_M * BLOCK_N // 1024
-    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps}
-    return tile, 8 // num_warps
+    if N > 2048 and N > BLOCK_N * 3 // 4:
+        # all threads have work: 16 elements each
+        BLOCK_M, num_warps, per_sm = 8192 // BLOCK_N, 16, 1
+    else:
+        # 32 elements each; 8 warps together may have 255 registers each
+        BLOCK_M = max(1, 4096 // BLOCK_N)
+        num_warps = BLOCK_M * BLOCK_N // 1024
+        per_sm = 8 // num_warps
+    # three steps ahead of long rows, if shared memory holds what they load
+    step = (2 * BLOCK_M * itemsize + weight_itemsize) * BLOCK_N
+    STAGES = 4 if N > 2048 and 3 * step * per_sm <= 220 * 1024 else 3
+    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "STAGES": STAGES}
+    return tile | {"num_warps": num_warps}, per_sm
 
 
 @torch.library.custom_op("warpmap::layernorm", mutates_args=())
@@ -335,7 +346,7 @@ def _layernorm_backward(
     dx = x.new_empty(M, N)
     if dx.numel() == 0:
         return dx, weight.new_zeros(2, N)
-    tile, per_sm = _bwd_tile(N, x.itemsize)
+    tile, per_sm = _bwd_tile(N, x.itemsize, weight.itemsize)
     parts = tile.get("SPLIT", 1)
     walkers = max(1, programs_at_once(x, per_sm) // parts)
     walkers = min(walkers, triton.cdiv(M, tile.get("BLOCK_M", 1)))
